@@ -1,0 +1,221 @@
+"""What can go wrong between a caller and a Credence server.
+
+```
+CredenceError
++-- TransportError               no usable answer arrived
+|   +-- ConnectionFailedError    no connection (also a ConnectionError); the request was never sent
+|   +-- RequestTimeoutError      no answer in time (also a TimeoutError); the server may still have done the work
++-- InvalidResponseError         an answer arrived, but it breaks the contract
+|   +-- UncertaintyMissingError  uncertainty was asked for, and a choice came back without it
++-- StatusError                  the server answered with an error; subclasses by HTTP status:
+    +-- BadRequestError 400       +-- UnprocessableError 422
+    +-- AuthenticationError 401   +-- RateLimitError 429
+    +-- PermissionDeniedError 403 +-- ServerError 5xx
+    +-- NotFoundError 404             +-- ServiceUnavailableError 503
+    +-- PayloadTooLargeError 413      +-- DeadlineError 504
+```
+
+Catch `CredenceError` to catch all. Every error carries `message`, `status`, `type`, `code`, `param`, `request_id` and
+`retry_after_s`; what is not known is None. A wrong argument is a plain ValueError, raised before anything is sent.
+"""
+
+import json
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Any
+
+import httpx
+
+_SHOWN_BODY_CHARS = 200
+
+
+class CredenceError(Exception):
+    """Base of everything the client raises about a request.
+
+    Attributes:
+        message: One sentence.
+        status: HTTP status of the answer.
+        type: The server's error type, for example `invalid_request_error`.
+        code: The server's error code as text (vLLM sends the HTTP status as a number, OpenAI a word).
+        param: Name of the request field at fault.
+        request_id: The id under which the server's log knows the request.
+        retry_after_s: Seconds after which the server wants to be asked again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        type: str | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        request_id: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.type = type
+        self.code = code
+        self.param = param
+        self.request_id = request_id
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        """Return the message, followed by the status, field and request id that are known."""
+        facts = (("status", self.status), ("param", self.param), ("request id", self.request_id))
+        known = ", ".join(f"{name} {value}" for name, value in facts if value is not None)
+        return f"{self.message} ({known})" if known else self.message
+
+
+class TransportError(CredenceError):
+    """No usable answer arrived: the connection broke, and whether the server did the work is unknown."""
+
+
+class ConnectionFailedError(TransportError, ConnectionError):
+    """No connection could be made, so the request was never sent and is safe to repeat."""
+
+
+class RequestTimeoutError(TransportError, TimeoutError):
+    """The request was sent, or was being sent, and no answer came in time; the server may still have done the work."""
+
+
+class InvalidResponseError(CredenceError):
+    """The server answered with success, but the body is not what the contract promises."""
+
+
+class UncertaintyMissingError(InvalidResponseError):
+    """Uncertainty was asked for and is absent, which is how a server without Credence answers.
+
+    Attributes:
+        choice_indices: The choices that came back without uncertainty.
+    """
+
+    def __init__(self, message: str, *, choice_indices: tuple[int, ...], request_id: str | None = None) -> None:
+        super().__init__(message, request_id=request_id)
+        self.choice_indices = choice_indices
+
+
+class StatusError(CredenceError):
+    """The server answered with an error status; this class itself stands for statuses without a class of their own."""
+
+
+class BadRequestError(StatusError):
+    """400: a field of the request is wrong; `param` names it."""
+
+
+class AuthenticationError(StatusError):
+    """401: the API key is missing or wrong."""
+
+
+class PermissionDeniedError(StatusError):
+    """403: the API key may not do this."""
+
+
+class NotFoundError(StatusError):
+    """404: no such model or route."""
+
+
+class PayloadTooLargeError(StatusError):
+    """413: the request is larger than the server takes."""
+
+
+class UnprocessableError(StatusError):
+    """422: the adapter's artifact is bad; the message carries the reason."""
+
+
+class RateLimitError(StatusError):
+    """429: this key is over its limit."""
+
+
+class ServerError(StatusError):
+    """5xx: the server failed."""
+
+
+class ServiceUnavailableError(ServerError):
+    """503: the server is full, draining or not ready."""
+
+
+class DeadlineError(ServerError):
+    """504: the server gave up at its own deadline."""
+
+
+_BY_STATUS: dict[int, type[StatusError]] = {
+    400: BadRequestError,
+    401: AuthenticationError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    413: PayloadTooLargeError,
+    422: UnprocessableError,
+    429: RateLimitError,
+    503: ServiceUnavailableError,
+    504: DeadlineError,
+}
+
+
+def error_from_response(response: httpx.Response, *, request_id: str | None = None) -> StatusError:
+    """Build the error of an answer with an error status, whatever its body looks like.
+
+    Reads OpenAI's envelope `{"error": {"message", "type", "param", "code"}}`, the flat form of it, FastAPI's
+    `{"detail": ...}`, and falls back to the start of the text (a proxy's page).
+
+    Args:
+        response: The answer, already read.
+        request_id: Id the request was sent with, used when the answer names none.
+
+    Returns:
+        The error, of the class its status has in the tree.
+    """
+    status = response.status_code
+    default = ServerError if status >= 500 else StatusError
+    fields = _error_fields(response)
+    message = _text(fields.get("message")) or f"the server answered {status} without a readable error message"
+    return _BY_STATUS.get(status, default)(
+        message,
+        status=status,
+        type=_text(fields.get("type")),
+        code=_text(fields.get("code")),
+        param=_text(fields.get("param")),
+        request_id=response.headers.get("x-request-id") or request_id,
+        retry_after_s=parse_retry_after(response.headers.get("retry-after")),
+    )
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds to wait according to a Retry-After header (a number or an HTTP date); None when absent or unreadable."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time()
+        except ValueError:
+            return None
+        return max(0.0, seconds)
+    # Also false for NaN.
+    return seconds if 0.0 <= seconds < float("inf") else None
+
+
+def _error_fields(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = json.loads(response.content)
+    except ValueError:  # bad JSON, and bytes that are not text
+        shown = " ".join(response.text.split())[:_SHOWN_BODY_CHARS]
+        return {"message": f"the server answered {response.status_code}: {shown}" if shown else None}
+    if not isinstance(body, dict):
+        return {}
+    error = body.get("error", body)
+    if isinstance(error, str):
+        return {"message": error}
+    if not isinstance(error, dict):
+        return {}
+    if error.get("message") is None and body.get("detail") is not None:
+        detail = body["detail"]
+        return {"message": detail if isinstance(detail, str) else json.dumps(detail)[:_SHOWN_BODY_CHARS]}
+    return error
+
+
+def _text(value: object) -> str | None:
+    return None if value is None or value == "" else str(value)
