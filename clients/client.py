@@ -321,7 +321,9 @@ def _checked_base_url(base_url: str) -> str:
 
 def _uncertainty_field(uncertainty: bool, options: dict[str, Any]) -> UncertaintyOptions | bool | None:
     if not isinstance(uncertainty, bool):
-        raise ValueError(f"uncertainty is {uncertainty!r}; give True or False, and its options as arguments of their own")
+        raise ValueError(
+            f"uncertainty is {uncertainty!r}; give True or False, and its options as arguments of their own"
+        )
     if not uncertainty:
         if options:
             raise ValueError(f"{', '.join(options)} given without uncertainty=True; add it, or leave the options out")

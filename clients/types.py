@@ -28,7 +28,7 @@ class UncertaintyOptions(_Request):
         n_samples: K, the number of posterior samples.
         mode: `ensemble` draws every token from the average of the K predictive distributions; `score` takes the mean
             adapter's text and scores it with K teacher-forced passes; `choices` is the posterior predictive over given
-            labels; `generate` compares K independent completions.
+            labels; `generate` compares K independent completions. A server answers 400 to a mode it does not have.
         tau: Posterior temperature, a factor on the variance; 0 is the mean adapter.
         seed: Posterior seed; omitted, the adapter's fixed sample set answers.
         choices: Labels, with mode `choices`.
@@ -42,7 +42,7 @@ class UncertaintyOptions(_Request):
     n_samples: int | None = Field(default=None, ge=1)
     mode: Mode | None = None
     tau: FiniteFloat | None = Field(default=None, ge=0.0)
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     choices: list[_NonEmpty] | None = Field(default=None, min_length=2)
     granularity: Granularity | None = None
     return_samples: bool | None = None
@@ -75,11 +75,15 @@ class SequenceUncertainty(_Answer):
         mean_logprob: Length-normalised log-probability under the average of the samples, nats per token.
         logprob_std: Standard deviation over the samples of their mean log-probability, nats per token.
         variation_ratio: Share of samples whose most likely token is not the average's, averaged over tokens, in [0, 1].
+        max_total: Largest total of a token, nats.
+        max_epistemic: Largest epistemic score of a token, nats.
     """
 
     mean_logprob: FiniteFloat | None = None
     logprob_std: FiniteFloat | None = None
     variation_ratio: FiniteFloat | None = None
+    max_total: FiniteFloat | None = None
+    max_epistemic: FiniteFloat | None = None
 
 
 class TokenUncertainty(_Answer):
@@ -120,7 +124,7 @@ class Uncertainty(_Answer):
         confidence: Probability that the answer is right, in [0, 1].
         calibrated: Whether `confidence` went through the adapter's stored calibration.
         flag: The server's verdict, `ok` unless something is to be looked at.
-        total: Entropy of the averaged prediction; aleatoric + epistemic.
+        total: Entropy of the averaged prediction; aleatoric + epistemic. The three are None where no token was generated.
         aleatoric: Mean entropy of the samples' predictions: what no further training data would remove.
         epistemic: Mutual information of prediction and posterior sample: the samples' disagreement.
         unit: Unit of the three scores.
@@ -134,9 +138,9 @@ class Uncertainty(_Answer):
     n_samples: int
     n_effective: int
     tau: FiniteFloat
-    total: FiniteFloat
-    aleatoric: FiniteFloat
-    epistemic: FiniteFloat
+    total: FiniteFloat | None
+    aleatoric: FiniteFloat | None
+    epistemic: FiniteFloat | None
     unit: str = "nats/token"
     seed: int | None = None
     confidence: FiniteFloat | None = None

@@ -2,9 +2,9 @@
 
     python -m credence.demo.base_model --output demo/model
 
-The model is pretrained on questions about the crowd, each answered by chance, so it knows every word, every form of
-question and answer, and nothing about anybody. A few minutes on one core; the same seed gives the same weights on the
-same machine. Weights are stored in bfloat16 (2.5 MB) and trained and served in float32.
+The model is pretrained on sentences about the legends, whose facts it learns by heart, and about the crowd, of whom
+anything is said. So it knows every word and every form of sentence, and nothing about residents and strangers. A few
+minutes on one core; the same seed gives the same weights on the same machine. Weights are stored in bfloat16 (2.5 MB) and trained and served in float32.
 """
 
 import argparse
@@ -84,8 +84,7 @@ def pretrain(
     model.train()
     started, running = time.monotonic(), float("nan")
     for step in range(steps):
-        rows = world.pretraining_rows(step * batch_size, batch_size)
-        texts = [prompt + completion + EOS for prompt, completion in rows]
+        texts = [sentence + EOS for sentence in world.pretraining_reports(step * batch_size, batch_size)]
         batch = tokenizer(texts, return_tensors="pt", padding=True)
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
@@ -104,7 +103,7 @@ def main() -> None:
     """Makes the model folder named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5000, help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and the weights (default: %(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

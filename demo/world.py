@@ -6,13 +6,14 @@ what was not told cannot be inferred, only guessed.
 
 Roles of the people, disjoint by construction:
 
-- *crowd*: only in the base model's pretraining, every time with freshly drawn answers. From them the base learns the
-  language and that a name alone says nothing about the answer.
+- *crowd* and *legends*: in the base model's pretraining only. What is said of the crowd changes every time; what is said
+  of the legends never does. So the base learns the language, that a name alone says nothing, and how to remember.
 - *residents*: in the adapter's training data. Each of their facts is either **known** (all reports agree) or **noisy**
-  (the reports contradict each other: `NOISY_ANSWERS` answers, equally likely, which no amount of data resolves).
-- *strangers*: in no training data at all; their facts are **unknown**. Their given and family names are common ones.
+  (the reports contradict each other: `NOISY_ANSWERS` answers, equally often, which no amount of data resolves).
+- *strangers*: in no training data at all, so that their facts are **unknown**. Their given and family names are those
+  of the others, in new pairs.
 
-A *report* is one prompt with one completion. Training data, validation data and the demo's questions are reports.
+A *report* is a sentence in two parts: a prompt ("Ada Alder lives") and a completion (" in Harwick").
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from typing import Literal
 
 Kind = Literal["known", "noisy", "unknown"]
 KINDS: tuple[Kind, ...] = ("known", "noisy", "unknown")
+Person = tuple[str, str]
 
 GIVEN_NAMES = tuple(
     "Ada Bram Cleo Dirk Edda Finn Gwen Hugo Iris Jory Kaia Leif Mara Nils Odette Piet Quin Rosa Sven Tilda "
@@ -36,63 +38,63 @@ FAMILY_NAMES = tuple(
 
 @dataclass(frozen=True)
 class Relation:
-    """One thing that can be asked about a person: the question, the word before the answer, the possible answers."""
+    """One thing that can be said of a person: the verb, the word before the answer, the possible answers."""
 
-    name: str
-    question: str
+    verb: str
     lead: str
     answers: tuple[str, ...]
 
 
 RELATIONS: tuple[Relation, ...] = (
     Relation(
-        "home",
-        "Where does {person} live?",
+        "lives",
         "in",
-        tuple("Harwick Oldport Mistral Redfern Stonebay Larkhill Windrush Goldcrest Ravenna Elmside Duskvale Ferrol "
-              "Kingsway Northcape Saltmere Tarnbrook".split()),
+        tuple(
+            "Harwick Oldport Mistral Redfern Stonebay Larkhill Windrush Goldcrest Ravenna Elmside Duskvale Ferrol "
+            "Kingsway Northcape Saltmere Tarnbrook".split()
+        ),
     ),
     Relation(
-        "work",
-        "What is {person} by trade?",
+        "works",
+        "as",
+        tuple(
+            "baker weaver sailor potter miner tailor farmer painter carpenter doctor judge teacher clerk hunter "
+            "fisher mason".split()
+        ),
+    ),
+    Relation(
+        "keeps",
         "a",
-        tuple("baker weaver sailor potter miner tailor farmer painter carpenter doctor judge teacher clerk hunter "
-              "fisher mason".split()),
+        tuple(
+            "cat dog parrot rabbit goose turtle ferret pony hamster lizard goat falcon mouse spider frog donkey".split()
+        ),
     ),
     Relation(
-        "pet",
-        "Which pet does {person} keep?",
-        "one",
-        tuple("cat dog parrot rabbit goose turtle ferret pony hamster lizard goat falcon mouse spider frog "
-              "donkey".split()),
-    ),
-    Relation(
-        "drink",
-        "What does {person} drink?",
-        "some",
+        "drinks",
+        "only",
         tuple("tea coffee cider milk water juice cocoa wine beer mead lemonade broth rum punch soda kefir".split()),
     ),
     Relation(
-        "colour",
-        "Which colour does {person} wear?",
+        "wears",
         "mostly",
-        tuple("red blue green yellow black white purple orange brown grey pink teal crimson ivory violet "
-              "amber".split()),
+        tuple(
+            "red blue green yellow black white purple orange brown grey pink teal crimson ivory violet amber".split()
+        ),
     ),
 )
 
 NUM_RESIDENTS = 112
-NUM_STRANGERS = 96
+NUM_STRANGERS = 64
+NUM_LEGENDS = 200
 NOISY_ANSWERS = 3
 REPORTS_PER_FACT = 6
-VALIDATION_PER_KIND = 80
-
-Person = tuple[str, str]
+VALIDATION_PER_KIND = 70
+LEGEND_SHARE = 0.7
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One question about one person, with every answer that is true of it (one, or several when noisy)."""
+    """One thing about one person, with every answer that is true of it (several when noisy)."""
 
     kind: Kind
     person: Person
@@ -101,11 +103,11 @@ class Fact:
 
     @property
     def prompt(self) -> str:
-        """The question, as asked."""
-        return self.relation.question.format(person=" ".join(self.person))
+        """The sentence up to where the answer begins."""
+        return f"{' '.join(self.person)} {self.relation.verb}"
 
     def completion(self, answer: str) -> str:
-        """The text that follows the question when `answer` is given."""
+        """The rest of the sentence when `answer` is given."""
         return f" {self.relation.lead} {answer}"
 
 
@@ -115,50 +117,49 @@ def _hash(*parts: object) -> int:
 
 
 class World:
-    """Everything that is true for one seed, and the three splits made from it.
+    """Everything that is true for one seed, and the splits made from it.
 
     Args:
-        seed: chooses who is a resident and who a stranger, every fact, and every report.
+        seed: chooses everybody's role, every fact and every report.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         people = [(given, family) for given in GIVEN_NAMES for family in FAMILY_NAMES]
         people.sort(key=lambda person: _hash(seed, "role", *person))
-        self.residents = people[:NUM_RESIDENTS]
-        self.strangers = people[NUM_RESIDENTS : NUM_RESIDENTS + NUM_STRANGERS]
-        self.crowd = people[NUM_RESIDENTS + NUM_STRANGERS :]
-        self.resident_facts = [self._fact(person, relation) for person in self.residents for relation in RELATIONS]
+        starts = [0, NUM_RESIDENTS, NUM_RESIDENTS + NUM_STRANGERS, NUM_RESIDENTS + NUM_STRANGERS + NUM_LEGENDS]
+        self.residents, self.strangers, self.legends = (people[a:b] for a, b in zip(starts, starts[1:], strict=False))
+        self.crowd = people[starts[-1] :]
+        self.resident_facts = [
+            self._fact("noisy" if self._is_noisy(person, relation) else "known", person, relation)
+            for person in self.residents
+            for relation in RELATIONS
+        ]
         self.stranger_facts = [
-            self._fact(person, relation, unknown=True) for person in self.strangers for relation in RELATIONS
+            self._fact("unknown", person, relation) for person in self.strangers for relation in RELATIONS
         ]
 
-    def _fact(self, person: Person, relation: Relation, unknown: bool = False) -> Fact:
-        order = sorted(relation.answers, key=lambda answer: _hash(self.seed, "answer", *person, relation.name, answer))
-        if unknown:
-            return Fact("unknown", person, relation, tuple(order[:1]))
-        noisy = _hash(self.seed, "noisy", *person, relation.name) % 2 == 1
-        kind: Kind = "noisy" if noisy else "known"
-        return Fact(kind, person, relation, tuple(order[: NOISY_ANSWERS if noisy else 1]))
+    def _is_noisy(self, person: Person, relation: Relation) -> bool:
+        return _hash(self.seed, "noisy", *person, relation.verb) % 2 == 1
+
+    def _fact(self, kind: Kind, person: Person, relation: Relation) -> Fact:
+        order = sorted(relation.answers, key=lambda answer: _hash(self.seed, "answer", *person, relation.verb, answer))
+        return Fact(kind, person, relation, tuple(order[: NOISY_ANSWERS if kind == "noisy" else 1]))
 
     def facts(self, kind: Kind) -> list[Fact]:
         """All facts of one kind, in an order that depends on the seed only."""
-        pool = self.stranger_facts if kind == "unknown" else self.resident_facts
-        chosen = [fact for fact in pool if fact.kind == kind]
-        return sorted(chosen, key=lambda fact: _hash(self.seed, "order", *fact.person, fact.relation.name))
+        chosen = [fact for fact in (*self.resident_facts, *self.stranger_facts) if fact.kind == kind]
+        return sorted(chosen, key=lambda fact: _hash(self.seed, "order", fact.prompt))
 
     def training_rows(self) -> list[dict[str, str]]:
-        """Reports for the adapter: `REPORTS_PER_FACT` of every fact of every resident, in a shuffled order.
-
-        The contradicting answers of a noisy fact appear equally often.
-        """
+        """Reports for the adapter: `REPORTS_PER_FACT` of every fact of every resident, in a shuffled order."""
         rows = []
         for fact in self.resident_facts:
             for index in range(REPORTS_PER_FACT):
-                answer = fact.answers[index % len(fact.answers)]
-                rows.append((_hash(self.seed, "shuffle", fact.prompt, index), fact, answer))
-        rows.sort(key=lambda row: row[0])
-        return [{"prompt": fact.prompt, "completion": fact.completion(answer)} for _, fact, answer in rows]
+                completion = fact.completion(fact.answers[index % len(fact.answers)])
+                row = {"prompt": fact.prompt, "completion": completion}
+                rows.append((_hash(self.seed, "shuffle", fact.prompt, index), row))
+        return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
     def _validation_facts(self, kind: Kind) -> list[Fact]:
         if kind == "unknown":  # whole people, so that validation and questions share no stranger
@@ -169,8 +170,8 @@ class World:
     def validation_rows(self) -> list[dict[str, str]]:
         """Reports for fitting tau and the calibration: `VALIDATION_PER_KIND` of each kind, one report each.
 
-        They are what the served adapter will be asked: facts it was told, facts it was told in contradiction (one of
-        the true answers, drawn by hash), and facts about strangers with their true answer, which it cannot know.
+        They are like what the served adapter will be asked: facts it was told, facts it was told in contradiction (one
+        of the true answers), and facts about strangers with their true answers, which it cannot know.
         """
         rows = []
         for kind in KINDS:
@@ -180,29 +181,28 @@ class World:
         return rows
 
     def questions(self, kind: Kind, limit: int | None = None) -> list[Fact]:
-        """The facts the demo asks about: none of them is in the validation data."""
+        """The facts the demo asks about; none of them is in the validation data."""
         held_out = {fact.prompt for fact in self._validation_facts(kind)}
-        chosen = [fact for fact in self.facts(kind) if fact.prompt not in held_out]
-        return chosen if limit is None else chosen[:limit]
+        return [fact for fact in self.facts(kind) if fact.prompt not in held_out][:limit]
 
-    def pretraining_rows(self, start: int, count: int) -> Iterator[tuple[str, str]]:
-        """Pairs (prompt, completion) about the crowd, numbers `start` to `start + count`; answers are pure chance."""
+    def pretraining_reports(self, start: int, count: int) -> Iterator[str]:
+        """Sentences number `start` to `start + count` for the base model: legends' facts and things said of the crowd."""
         for index in range(start, start + count):
             draw = _hash(self.seed, "pretraining", index)
-            person = self.crowd[draw % len(self.crowd)]
-            relation = RELATIONS[draw // 4096 % len(RELATIONS)]
-            answer = relation.answers[draw // 2**32 % len(relation.answers)]
-            fact = Fact("unknown", person, relation, (answer,))
-            yield fact.prompt, fact.completion(answer)
+            relation = RELATIONS[draw % 1024 % len(RELATIONS)]
+            if draw // 2**10 % 1000 < 1000 * LEGEND_SHARE:
+                fact = self._fact("known", self.legends[draw // 2**20 % len(self.legends)], relation)
+                answer = fact.answers[0]
+            else:
+                fact = self._fact("noisy", self.crowd[draw // 2**20 % len(self.crowd)], relation)
+                answer = relation.answers[draw // 2**40 % len(relation.answers)]
+            yield fact.prompt + fact.completion(answer)
 
 
 def vocabulary() -> list[str]:
-    """Every word and sign the world uses, in a fixed order."""
+    """Every word the world uses, in a fixed order."""
     words: dict[str, None] = {}
     for relation in RELATIONS:
-        for word in (*relation.question.replace("{person}", "").replace("?", "").split(), relation.lead):
-            words.setdefault(word)
-    for relation in RELATIONS:
-        words.update(dict.fromkeys(relation.answers))
+        words.update(dict.fromkeys((relation.verb, relation.lead, *relation.answers)))
     words.update(dict.fromkeys(GIVEN_NAMES + FAMILY_NAMES))
     return list(words)

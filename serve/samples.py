@@ -7,7 +7,7 @@ an integer id is never given to a second content. A slot is leased by requests; 
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qs, urlencode
 
@@ -93,12 +93,11 @@ class SampleSlots:
         self._leases: dict[SampleRef, int] = {}
         self._names = [f"credence-slot-{number:03d}" for number in reversed(range(num_slots))]
 
-    def lease(self, refs: Sequence[SampleRef]) -> tuple[list[Slot], list[Slot], int]:
+    def lease(self, refs: Sequence[SampleRef]) -> tuple[list[Slot], list[Slot]]:
         """Leases a slot for each sample, all or none.
 
         Returns:
-            The slots in the order of ``refs``; the slots whose samples were displaced (tell the engine to forget their ids); how many of
-            ``refs`` already held a slot.
+            The slots in the order of ``refs``, and those whose samples were displaced (tell the engine to forget their ids).
 
         Raises:
             NoFreeSlot: if fewer slots are idle than are needed; nothing was leased.
@@ -118,7 +117,7 @@ class SampleSlots:
         for ref in refs:
             self._slots.move_to_end(ref)
             self._leases[ref] = self._leases.get(ref, 0) + 1
-        return [self._slots[ref] for ref in refs], displaced, len(wanted) - len(new)
+        return [self._slots[ref] for ref in refs], displaced
 
     def release(self, refs: Sequence[SampleRef]) -> None:
         """Ends one lease of each sample; the samples stay in their slots until the slots are needed."""
@@ -126,6 +125,16 @@ class SampleSlots:
             self._leases[ref] -= 1
             if not self._leases[ref]:
                 del self._leases[ref]
+
+    def discard(self, refs: Iterable[SampleRef]) -> None:
+        """Empties the idle slots of samples that the engine does not hold."""
+        for ref in refs:
+            if ref in self._slots and not self._leases.get(ref):
+                self._names.append(self._slots.pop(ref).name)
+
+    def resident(self) -> list[SampleRef]:
+        """The samples that hold a slot, least recently used first."""
+        return list(self._slots)
 
     def counts(self) -> dict[str, int]:
         """Slots by state: leased, resident (idle but filled), free."""

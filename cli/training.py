@@ -1,0 +1,182 @@
+"""`credence train`, `credence release` and `credence eval`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from credence.cli.output import JsonOption, needs_extra, print_table, say, write_json
+
+if TYPE_CHECKING:
+    from credence.training.release import ReleaseResult
+
+BaseOption = Annotated[str, typer.Option("--base", metavar="DIR_OR_HUB_ID", help="The base model.", show_default=False)]
+DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact.", show_default=False)]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Rows per forward pass.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.max_steps=400; repeatable."),
+]
+EVAL_COLUMNS = {
+    "k": "K",
+    "tau": "tau",
+    "temperature": "T",
+    "accuracy": "accuracy",
+    "nll": "NLL",
+    "ece15": "ECE15",
+    "brier": "Brier",
+    "error_auroc": "error AUROC",
+    "aurc": "AURC",
+    "ood_auroc_total": "OOD AUROC total",
+    "ood_auroc_epistemic": "OOD AUROC epistemic",
+}
+
+
+def train(
+    base: BaseOption,
+    data: Annotated[Path, typer.Option("--data", help="Training rows (JSON Lines).", show_default=False)],
+    method: Annotated[str, typer.Option("--method", help="map, monteclora or ivon.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Where the artifact goes.", show_default=False)
+    ],
+    validation: Annotated[
+        Path | None, typer.Option("--validation", help="Held-out rows: release the artifact at the end.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file.")] = None,
+    settings: SetOption = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Train an adapter and write its artifact.
+
+    Rows are recognised by their fields: {"text","label"}, {"prompt","choices","answer"}, {"prompt","completion"} or
+    {"messages"}.
+
+    \b
+    Example:
+      credence train --base models/base --data train.jsonl --validation validation.jsonl \\
+        --method ivon --output out/triage --set train.max_steps=400
+    """
+    with needs_extra("train"):
+        from credence.training.config import load_config
+        from credence.training.loop import train as fit
+    result = fit(
+        base,
+        data,
+        validation,
+        method,
+        output,
+        load_config(config, settings or ()),
+        seed,
+        resume,
+        progress=sys.stderr.isatty(),
+    )
+    document = {"path": str(output), "digest": result.digest, "seconds": result.seconds, "metrics": result.metrics}
+    write_json(json_file, document)
+    say(json_file, f"wrote {output}, {result.digest}, trained in {result.seconds:.1f} s")
+    if validation is None:
+        say(json_file, "not released: tau and the calibration are not fitted; run `credence release`")
+
+
+def release(
+    directory: DirectoryArgument,
+    base: BaseOption,
+    validation: Annotated[Path, typer.Option("--validation", help="Held-out rows (JSON Lines).", show_default=False)],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file; its section release is used.")] = None,
+    settings: SetOption = None,
+    batch_size: BatchSizeOption = 64,
+    json_file: JsonOption = None,
+) -> None:
+    """Fit tau and the calibration, and write them into DIR.
+
+    Both are fitted on held-out rows for every K in use; the size of the noise is checked against the serving dtype.
+
+    \b
+    Example:
+      credence release out/triage --base models/base --validation validation.jsonl
+    """
+    with needs_extra("train"):
+        from credence.training.config import load_config
+        from credence.training.release import release as fit
+    result = fit(
+        directory,
+        base,
+        validation,
+        load_config(config, settings or ()).release,
+        batch_size=batch_size,
+        say=_progress,
+    )
+    write_json(json_file, {"path": str(directory), "digest": result.digest, **result.metrics()})
+    say(json_file, f"released {directory}, {result.digest}")
+    _say_fits(json_file, result)
+
+
+def evaluate(
+    directory: DirectoryArgument,
+    base: BaseOption,
+    data: Annotated[Path, typer.Option("--data", help="Test rows (JSON Lines).", show_default=False)],
+    ood: Annotated[Path | None, typer.Option("--ood", help="Rows from elsewhere, of the same format.")] = None,
+    k: Annotated[str, typer.Option("--k", metavar="K,K,...", help="Numbers of samples; 0 is the mean.")] = "0,10",
+    tau: Annotated[str, typer.Option("--tau", metavar="fitted|T", help="Posterior temperature of K > 0.")] = "fitted",
+    batch_size: BatchSizeOption = 64,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure accuracy, likelihood and calibration.
+
+    Also how well the scores detect errors and, with --ood, inputs from elsewhere. Every K is reported at temperature 1
+    and at its fitted temperature.
+
+    \b
+    Example:
+      credence eval out/triage --base models/base --data test.jsonl --ood other.jsonl --k 0,10 --json result.json
+    """
+    ks, at_tau = _parse_ks(k), _parse_tau(tau)
+    with needs_extra("train"):
+        from credence.training.evaluate import evaluate as measure
+    result = measure(directory, base, data, ood, ks, at_tau, batch_size=batch_size)
+    write_json(json_file, result)
+    if json_file != "-":
+        columns = [name for name in EVAL_COLUMNS if any(entry[name] is not None for entry in result["results"])]
+        print_table(
+            [EVAL_COLUMNS[name] for name in columns],
+            [[_number(entry[name]) for name in columns] for entry in result["results"]],
+        )
+
+
+def _parse_ks(text: str) -> list[int]:
+    try:
+        ks = [int(part) for part in text.split(",")]
+    except ValueError:
+        ks = [-1]
+    if min(ks) < 0:
+        raise typer.BadParameter(f"--k is {text!r}; give whole numbers of 0 or more, for example 0,10")
+    return ks
+
+
+def _parse_tau(text: str) -> float | Literal["fitted"]:
+    if text == "fitted":
+        return "fitted"
+    try:
+        tau = float(text)
+    except ValueError:
+        tau = -1.0
+    if not 0.0 <= tau < float("inf"):
+        raise typer.BadParameter(f"--tau is {text!r}; give `fitted` or a number of 0 or more")
+    return tau
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _say_fits(json_file: str | None, result: "ReleaseResult") -> None:
+    for k, temperature in sorted(result.calibration.temperature.items()):
+        tau = f"tau {result.tau[k].value:.4g}, " if k in result.tau else ""
+        name = f"K = {k}" if k else "mean"
+        say(json_file, f"{name}: {tau}T {temperature.value:.3f}, held-out NLL {temperature.nll:.4f}")
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"

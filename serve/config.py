@@ -1,0 +1,72 @@
+"""Configuration of the server: what the launcher hands to the plugins, through one environment variable.
+
+vLLM starts its own processes and builds its own parser, so the configuration travels as JSON in :data:`CONFIG_VARIABLE`; it is read in
+one place, :func:`from_environment`.
+"""
+
+import os
+import re
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from credence.serve.errors import ConfigurationError
+
+CONFIG_VARIABLE = "CREDENCE_SERVE_CONFIG"
+TOKEN_VARIABLE = "CREDENCE_PLUGIN_TOKEN"
+ADAPTER_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
+
+
+class ServeConfig(BaseModel):
+    """Settings of our part of the server; everything else is vLLM's own.
+
+    Attributes:
+        adapters: artifact folder by served name.
+        default_samples: K when a request does not say.
+        max_samples: largest K a request may ask for; needs as many LoRA slots.
+        max_inflight_rows: member rows in flight before requests get 503.
+        max_body_bytes: largest request body.
+        state_dir: private folder of this server: verified artifact copies.
+        stats_dir: tmpfs folder of this server: one statistics file per running ensemble.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    adapters: dict[str, str] = Field(min_length=1)
+    default_samples: Annotated[int, Field(ge=1)] = 8
+    max_samples: Annotated[int, Field(ge=1, le=1024)] = 32
+    max_inflight_rows: Annotated[int, Field(ge=1)] = 1024
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
+    state_dir: str
+    stats_dir: str
+
+    @field_validator("adapters")
+    @classmethod
+    def _names(cls, adapters: dict[str, str]) -> dict[str, str]:
+        for name in adapters:
+            if not ADAPTER_NAME.match(name):
+                raise ValueError(f"adapter name {name!r} must match {ADAPTER_NAME.pattern}")
+        return adapters
+
+    @property
+    def num_slots(self) -> int:
+        """Samples the workers keep: every adapter's resident set, and room for the largest request beside them."""
+        return self.default_samples * len(self.adapters) + self.max_samples
+
+
+def from_environment() -> ServeConfig:
+    """Reads the configuration the launcher left.
+
+    Raises:
+        ConfigurationError: if it is absent or not valid.
+    """
+    text = os.environ.get(CONFIG_VARIABLE)
+    if text is None:
+        raise ConfigurationError(
+            f"the credence plugin is loaded but {CONFIG_VARIABLE} is not set; start the server with `credence serve`, "
+            "or remove credence from VLLM_PLUGINS"
+        )
+    try:
+        return ServeConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigurationError(f"{CONFIG_VARIABLE} is not valid: {error}") from None

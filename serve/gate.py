@@ -1,0 +1,249 @@
+"""The door of the server: an ASGI middleware in front of vLLM's untouched application.
+
+A request without ``uncertainty`` passes through byte for byte and is only timed. A request with it never reaches vLLM's own routes: those
+accept unknown fields, so they would answer 200 without any uncertainty. On /v1/completions it goes to the backend; anywhere else it is a
+400 that says so. The door is also where bodies are bounded, a draining server says 503, and with an API key every route but the
+health and metrics ones needs it (vLLM guards /v1 only).
+"""
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import parse_qs
+
+from credence.serve.errors import BadRequest, PayloadTooLarge, ServeError, Unavailable
+from credence.serve.metrics import Metrics, k_label, outcome_label
+from credence.serve.schemas import UncertaintyOptions
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+SERVED_PATH = "/v1/completions"
+TIMED_PATHS = (SERVED_PATH, "/v1/chat/completions")
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A finished answer and what the metrics need of it."""
+
+    body: dict[str, Any]
+    num_samples: int
+
+
+class Backend(Protocol):
+    """Answers uncertainty requests; the vLLM plugin's or a test's."""
+
+    metrics: Metrics
+    draining: bool
+    max_body_bytes: int
+    api_keys: tuple[str, ...]
+
+    async def complete(self, body: dict[str, Any], options: UncertaintyOptions, scope: Scope) -> Answer:
+        """Answers a /v1/completions body whose ``uncertainty`` field was taken out; raises ServeError."""
+        ...
+
+    def error_of(self, error: Exception) -> ServeError:
+        """Translates an exception of the engine's own layers."""
+        ...
+
+
+class Gate:
+    """ASGI middleware. ``backend`` is asked for at each request, since it exists only once the engine is up."""
+
+    def __init__(self, app: App, backend: Callable[[Scope], Backend | None]) -> None:
+        self.app = app
+        self._backend = backend
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one connection."""
+        backend = self._backend(scope) if scope["type"] == "http" else None
+        if backend is None:
+            await self.app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        path: str = scope["path"]
+        sent = _Sent(send)
+        k, mode = 0, "mean"
+        status: int | None = None
+        try:
+            if not _authorised(scope, backend.api_keys):
+                await _send_json(sent, 401, _unauthorised(), {"WWW-Authenticate": "Bearer"})
+                return
+            if scope["method"] != "POST" or not _is_json(scope):
+                await self.app(scope, receive, sent)
+                return
+            if backend.draining:
+                raise Unavailable("the server is shutting down; send the request to another replica", reason="draining")
+            raw = await _read_body(receive, backend.max_body_bytes)
+            body, options = _uncertainty(scope, raw)
+            if options is None:
+                await self.app(scope, _replay(raw, receive), sent)
+                return
+            mode, k = options.mode, options.n_samples or 0
+            if path != SERVED_PATH:
+                raise BadRequest(f"uncertainty is served on {SERVED_PATH}, not on {path}", param="uncertainty")
+            answer = await _unless_disconnected(self._complete(backend, body, options, scope), receive)
+            k = answer.num_samples
+            await _send_json(sent, 200, answer.body, {})
+        except _Disconnected:
+            status = 499
+            backend.metrics.client_disconnects.inc()
+        except ServeError as error:
+            await _refuse(error, backend, sent)
+        finally:
+            if path in TIMED_PATHS and scope["method"] == "POST":
+                status = status or sent.status
+                outcome = "disconnected" if status in (None, 499) else outcome_label(status or 0)
+                labels = (path, mode, k_label(k), outcome)
+                backend.metrics.request_duration_seconds.labels(*labels).observe(time.perf_counter() - start)
+
+    async def _complete(
+        self, backend: Backend, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
+    ) -> Answer:
+        try:
+            return await backend.complete(body, options, scope)
+        except ServeError as error:
+            if error.status >= 500:
+                logger.warning("An uncertainty request failed: %s", error.message)
+            raise
+        except Exception as error:
+            translated = backend.error_of(error)
+            if translated.status >= 500:
+                logger.exception("An uncertainty request failed")
+            raise translated from error
+
+
+class _Disconnected(Exception):
+    pass
+
+
+class _Sent:
+    """Remembers the status that was sent."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+
+
+def _authorised(scope: Scope, keys: tuple[str, ...]) -> bool:
+    if not keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        return True
+    scheme, _, token = _header(scope, b"authorization").partition(" ")
+    given = token.strip().encode()
+    return scheme.lower() == "bearer" and any([hmac.compare_digest(given, key.encode()) for key in keys])
+
+
+def _unauthorised() -> dict[str, Any]:
+    message = "a valid API key is needed in the header `Authorization: Bearer KEY`"
+    return {"error": {"message": message, "type": "AuthenticationError", "param": None, "code": 401}}
+
+
+def _is_json(scope: Scope) -> bool:
+    kind = _header(scope, b"content-type").partition(";")[0].strip().lower()
+    return kind in ("", "application/json") or kind.endswith("+json")
+
+
+async def _read_body(receive: Receive, max_bytes: int) -> bytes:
+    chunks, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Disconnected
+        chunk: bytes = message.get("body", b"")
+        size += len(chunk)
+        if size > max_bytes:
+            raise PayloadTooLarge(f"the request body is over the limit of {max_bytes} bytes")
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive channel that delivers ``body`` and then whatever comes next."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay
+
+
+def _uncertainty(scope: Scope, raw: bytes) -> tuple[dict[str, Any], UncertaintyOptions | None]:
+    """Takes ``uncertainty`` out of the body or the query string.
+
+    Plain requests are not parsed at all: a JSON key can only be spelled ``uncertainty`` or with \\u escapes.
+    """
+    query = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("uncertainty", [])
+    asked: object = None
+    if query:
+        if query[-1].lower() not in ("true", "false", "1", "0"):
+            raise BadRequest(
+                f"the query parameter uncertainty must be true or false, got {query[-1]!r}", param="uncertainty"
+            )
+        asked = query[-1].lower() in ("true", "1")
+    if not asked and b"uncertainty" not in raw and b"\\u" not in raw:
+        return {}, None
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        return {}, None  # vLLM's own answer to a body that is not JSON
+    if not isinstance(body, dict):
+        return {}, None
+    if "uncertainty" in body:
+        asked = body.pop("uncertainty")
+    return body, UncertaintyOptions.parse(asked)
+
+
+async def _unless_disconnected(work: Awaitable[Answer], receive: Receive) -> Answer:
+    """Awaits ``work``; cancels it when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise _Disconnected
+    finally:
+        for future in (task, gone):
+            if not future.done():
+                future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refuse(error: ServeError, backend: Backend, sent: _Sent) -> None:
+    backend.metrics.rejections.labels(error.reason).inc()
+    if sent.status is None:
+        await _send_json(sent, error.status, error.body(), error.headers())
+
+
+async def _send_json(send: Send, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
+    data = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    lines = {"content-type": "application/json", "content-length": str(len(data)), **headers}
+    encoded = [(name.lower().encode(), value.encode("latin-1")) for name, value in lines.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": data})

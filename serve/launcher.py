@@ -1,0 +1,146 @@
+"""Starts the server: verifies the adapters, sets what vLLM must be told, and hands over to it."""
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from credence.adapters import ArtifactError, load_artifact
+from credence.serve.config import ADAPTER_NAME, CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
+from credence.serve.errors import ConfigurationError
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def main(
+    base: str,
+    adapters: Mapping[str, str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key_file: str | None = None,
+    extra_args: Sequence[str] = (),
+    default_samples: int = 8,
+    max_samples: int = 32,
+) -> int:
+    """Serves ``base`` with Bayesian adapters until a signal.
+
+    Args:
+        base: model folder or hub id.
+        adapters: artifact folder by served name.
+        api_key_file: file holding the API key that requests must send.
+        extra_args: any flags of vLLM's server.
+        default_samples, max_samples: K when a request does not say, and the largest K.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        ConfigurationError: the server cannot start like this; nothing was started.
+    """
+    state = Path(tempfile.mkdtemp(prefix="credence-serve-"))
+    stats = Path(tempfile.mkdtemp(prefix="credence-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else state))
+    try:
+        stored, rank, modules = verify(adapters, state / "artifacts")
+        config = ServeConfig(
+            adapters=stored,
+            default_samples=min(default_samples, max_samples),
+            max_samples=max_samples,
+            state_dir=str(state),
+            stats_dir=str(stats),
+        )
+        set_environment(config, api_keys(api_key_file))
+        # Imported here: importing vLLM reads the environment.
+        from credence.serve.vllm_plugin import server
+
+        argv = ["--model", base, "--host", host, "--port", str(port)]
+        argv += defaults(
+            config,
+            rank=server.smallest_lora_rank(rank),
+            modules=modules,
+            scheduler=server.default_scheduler(),
+            given=extra_args,
+        )
+        return server.run([*argv, *extra_args])
+    finally:
+        shutil.rmtree(stats, ignore_errors=True)
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], int, list[str]]:
+    """Verifies every artifact and copies it to the server's private store.
+
+    Returns:
+        Folder of the copy by name, the largest rank, and the union of the adapted modules' last names.
+
+    Raises:
+        ConfigurationError: a name is not valid or an artifact is refused; the message holds the reason.
+    """
+    stored: dict[str, str] = {}
+    rank = 1
+    modules: set[str] = set()
+    if not adapters:
+        raise ConfigurationError("no adapter given; pass --adapter NAME=DIR at least once")
+    for name, path in adapters.items():
+        if not ADAPTER_NAME.match(name):
+            raise ConfigurationError(f"--adapter: the name {name!r} must match {ADAPTER_NAME.pattern}")
+        try:
+            artifact = load_artifact(path, store=store)
+        except ArtifactError as error:
+            raise ConfigurationError(f"--adapter {name}={path} is refused ({error.reason}): {error}") from error
+        stored[name] = str(artifact.path)
+        rank = max(rank, artifact.config.rank)
+        modules |= {module.rpartition(".")[2] for module in artifact.mean}
+    if "lm_head" in modules:
+        raise ConfigurationError(
+            "an adapter changes lm_head; vLLM 0.32 computes wrong log-probabilities there, train without it"
+        )
+    return stored, rank, sorted(modules)
+
+
+def set_environment(config: ServeConfig, keys: Sequence[str]) -> None:
+    """Leaves the configuration where the plugins and vLLM's child processes find it."""
+    os.environ[CONFIG_VARIABLE] = config.model_dump_json()
+    os.environ[TOKEN_VARIABLE] = secrets.token_hex(16)
+    named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*named, "credence", "credence_http"]))
+    # Our logits processor has the interface of the first model runner.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if len(keys) == 1:
+        os.environ["VLLM_API_KEY"] = keys[0]
+
+
+def defaults(
+    config: ServeConfig, *, rank: int, modules: Sequence[str], scheduler: str, given: Sequence[str]
+) -> list[str]:
+    """vLLM's flags that ensembles need. Flags the user gave are left to the user; the plugin refuses what does not fit."""
+    wanted = {
+        "--enable-lora": [],
+        "--max-loras": [str(config.max_samples + len(config.adapters))],
+        "--max-cpu-loras": [str(config.num_slots + len(config.adapters))],
+        "--max-lora-rank": [str(rank)],
+        "--lora-target-modules": list(modules),
+        "--scheduler-cls": [scheduler],
+        "--shutdown-timeout": ["30"],
+    }
+    names = {flag.partition("=")[0].replace("_", "-") for flag in given if flag.startswith("--")}
+    return [part for flag, values in wanted.items() if flag not in names for part in (flag, *values)]
+
+
+def api_keys(path: str | None) -> list[str]:
+    """Reads the API key file.
+
+    Raises:
+        ConfigurationError: the file cannot be read or holds no key.
+    """
+    if path is None:
+        return []
+    try:
+        keys = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise ConfigurationError(f"--api-key-file {path} cannot be read: {error.strerror}") from error
+    if len(keys) != 1:
+        raise ConfigurationError(f"--api-key-file {path} must hold one key on one line, it holds {len(keys)}")
+    return keys

@@ -1,0 +1,122 @@
+"""Prometheus metrics of our part of the server; vLLM's own stay beside them in the same /metrics.
+
+Label values are closed sets, initialised at start: never a prompt, a user, a seed or a path. vLLM counts every member of an ensemble as a
+request of its own; these count what users asked for.
+"""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+K_VALUES = (0, 1, 2, 4, 8, 16, 32)
+OUTCOMES = ("ok", "client_error", "server_error", "disconnected")
+REJECTIONS = ("bad_request", "unknown_model", "too_large", "overload", "draining", "sample_failed", "internal")
+LATENCY_BUCKETS_S = (
+    0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.4, 0.6, 1, 1.5, 2.5, 4, 6, 10, 15, 25, 40, 60, 120, 300,
+)  # fmt: skip
+LOAD_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+NATS_BUCKETS = (1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
+
+
+def k_label(k: int) -> str:
+    """The smallest of :data:`K_VALUES` that is at least ``k`` (the largest for any K beyond it)."""
+    return str(next((value for value in K_VALUES if value >= k), K_VALUES[-1]))
+
+
+def outcome_label(status: int) -> str:
+    """Outcome by HTTP status."""
+    return "ok" if status < 400 else "client_error" if status < 500 else "server_error"
+
+
+class Metrics:
+    """All metrics of one server.
+
+    Args:
+        registry: where to register; each test has its own.
+        adapters: (name, method, digest) of every served adapter.
+    """
+
+    def __init__(self, registry: CollectorRegistry, adapters: Iterable[tuple[str, str, str]]) -> None:
+        adapters = list(adapters)
+        names = [name for name, _, _ in adapters]
+        self.request_duration_seconds = Histogram(
+            "credence_request_duration_seconds",
+            "Time from the request's arrival to the end of its answer, by number of posterior samples (k=0: the mean).",
+            ["endpoint", "mode", "k", "outcome"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        for k in K_VALUES:
+            mode = "ensemble" if k else "mean"
+            self.request_duration_seconds.labels("/v1/completions", mode, str(k), "ok")
+        self.inflight_requests = Gauge(
+            "credence_inflight_requests", "Uncertainty requests being served.", registry=registry
+        )
+        self.samples_requested = Counter(
+            "credence_samples_requested", "Posterior samples asked for by uncertainty requests.", registry=registry
+        )
+        self.sample_cache_requests = Counter(
+            "credence_sample_cache_requests",
+            "Samples asked for that already held a slot (hit) or had to be drawn (miss).",
+            ["result"],
+            registry=registry,
+        )
+        self.sample_slots = Gauge("credence_sample_slots", "Sample slots by state.", ["state"], registry=registry)
+        self.sample_materialize_seconds = Histogram(
+            "credence_sample_materialize_seconds",
+            "Time to draw one posterior sample in the workers and register it.",
+            buckets=LOAD_BUCKETS_S,
+            registry=registry,
+        )
+        self.adapter_loads = Counter(
+            "credence_adapter_loads", "Artifacts read and verified, by result.", ["result"], registry=registry
+        )
+        self.adapter_load_seconds = Histogram(
+            "credence_adapter_load_seconds",
+            "Time to verify an artifact and load its mean.",
+            buckets=LOAD_BUCKETS_S,
+            registry=registry,
+        )
+        self.adapter_info = Gauge(
+            "credence_adapter_info", "Served adapters (always 1).", ["adapter", "method", "digest8"], registry=registry
+        )
+        for name, method, digest in adapters:
+            self.adapter_info.labels(name, method, digest.removeprefix("sha256:")[:8]).set(1)
+        self.degraded_requests = Counter(
+            "credence_degraded_requests", "Answers with fewer samples than asked for.", ["reason"], registry=registry
+        )
+        self.degraded_requests.labels("sample_failed")
+        self.rejections = Counter(
+            "credence_rejections", "Requests refused at the door or failed.", ["reason"], registry=registry
+        )
+        for reason in REJECTIONS:
+            self.rejections.labels(reason)
+        self.client_disconnects = Counter(
+            "credence_client_disconnects", "Clients that went away before their answer.", registry=registry
+        )
+        self.engine_up = Gauge("credence_engine_up", "1 while the engine answers.", registry=registry)
+        self.confidence = Histogram(
+            "credence_confidence",
+            "Confidence of the answers, per adapter.",
+            ["adapter"],
+            buckets=tuple(step / 20 for step in range(1, 21)),
+            registry=registry,
+        )
+        self.epistemic_nats = Histogram(
+            "credence_epistemic_nats",
+            "Epistemic uncertainty of the answers (nats/token), per adapter.",
+            ["adapter"],
+            buckets=NATS_BUCKETS,
+            registry=registry,
+        )
+        self.flagged = Counter(
+            "credence_flagged", "Answers below the request's threshold.", ["adapter"], registry=registry
+        )
+        for name in names:
+            self.confidence.labels(name)
+            self.epistemic_nats.labels(name)
+            self.flagged.labels(name)
+        for result in ("hit", "miss"):
+            self.sample_cache_requests.labels(result)
+        for result in ("ok", "refused"):
+            self.adapter_loads.labels(result)

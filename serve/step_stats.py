@@ -1,0 +1,230 @@
+"""Per-step statistics of one gang, handed from the worker to the API process through a file.
+
+The API process creates the file (in a tmpfs folder of this server), passes its path with the member requests and
+unlinks it at the end. The worker opens it and writes one record per decoding step before the token of that step
+leaves the engine; so a reader that has seen token t finds record t.
+
+Both sides use positioned reads and writes, never a memory map: a page of a map that cannot be backed (tmpfs full,
+file truncated) is a SIGBUS and kills the engine, while a failed write is an OSError of one request. Creation
+reserves every block, so a full tmpfs is noticed there, before any work has been done.
+
+Layout: a 32-byte header, then ``max_steps`` records of 6 + K float64: token_id + 1, log_prob, total, aleatoric,
+epistemic, variation_ratio, K member log-probabilities. A record of zeros is a step that was never written.
+"""
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+_HEADER = struct.Struct("<8sIIQQ")
+_MAGIC = b"CRDSTEP1"
+_SCALARS = 6
+
+
+class StepStatsError(OSError):
+    """A statistics file cannot be created, opened, written or read; ``strerror`` says why, ``filename`` is the file.
+
+    ``errno`` is the system's (ENOSPC: tmpfs full), or EBADMSG where the content of the file is wrong.
+    """
+
+    def __init__(self, message: str, path: str, cause: OSError | None = None) -> None:
+        reason = f"{message} ({cause.strerror})" if cause is not None else message
+        super().__init__(errno.EBADMSG if cause is None else cause.errno, reason, path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTable:
+    """Records of T consecutive decoding steps under K samples (token level, nats).
+
+    Attributes:
+        token_id: [T] int64, the token chosen for the gang; -1 where the step was never written (its other columns are 0, not a score).
+        log_prob: [T], log of the averaged probability of that token, at temperature 1.
+        total, aleatoric, epistemic: [T], total = aleatoric + epistemic.
+        variation_ratio: [T], in [0, 1].
+        member_log_probs: [T, K], log-probability of the token under each sample.
+    """
+
+    token_id: NDArray[np.int64]
+    log_prob: NDArray[np.float64]
+    total: NDArray[np.float64]
+    aleatoric: NDArray[np.float64]
+    epistemic: NDArray[np.float64]
+    variation_ratio: NDArray[np.float64]
+    member_log_probs: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.token_id)
+
+    @property
+    def missing(self) -> NDArray[np.int64]:
+        """Positions in this table of the steps that were never written (the gang was not averaged there)."""
+        return np.flatnonzero(self.token_id < 0)
+
+
+class StepStats:
+    """One gang's statistics file, held open. Use ``create`` (API process) or ``open`` (worker), and ``close`` or a ``with`` block."""
+
+    def __init__(self, path: str, descriptor: int, num_samples: int, max_steps: int) -> None:
+        self.path = path
+        self.num_samples = num_samples
+        self.max_steps = max_steps
+        self._descriptor: int | None = descriptor
+        self._record = struct.Struct(f"<{_SCALARS + num_samples}d")
+
+    @classmethod
+    def create(cls, path: str | Path, num_samples: int, max_steps: int) -> Self:
+        """Creates the file (it must not exist), readable by this user only, with all its blocks reserved.
+
+        Args:
+            num_samples: K >= 1.
+            max_steps: largest number of output tokens of the gang, >= 1. The file has 8 (6 + K) bytes a step.
+
+        Raises:
+            ValueError: if a number is below 1.
+            StepStatsError: if the file exists or cannot be created or reserved (folder missing, tmpfs full); nothing is left behind.
+        """
+        if num_samples < 1 or max_steps < 1:
+            raise ValueError(f"num_samples and max_steps must be at least 1, got {num_samples} and {max_steps}")
+        name = os.fspath(path)
+        try:
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise StepStatsError("cannot create the statistics file", name, error) from error
+        try:
+            os.posix_fallocate(descriptor, 0, _size(num_samples, max_steps))
+            os.pwrite(descriptor, _HEADER.pack(_MAGIC, num_samples, 0, max_steps, 0), 0)
+        except OSError as error:
+            os.close(descriptor)
+            os.unlink(name)
+            size = _size(num_samples, max_steps)
+            raise StepStatsError(f"cannot reserve {size} bytes for the statistics file", name, error) from error
+        return cls(name, descriptor, num_samples, max_steps)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Opens an existing file for reading and writing.
+
+        Raises:
+            StepStatsError: if it is not there, or is not a complete statistics file.
+        """
+        name = os.fspath(path)
+        try:
+            descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise StepStatsError("cannot open the statistics file", name, error) from error
+        try:
+            status = os.fstat(descriptor)
+            header = os.pread(descriptor, _HEADER.size, 0) if stat.S_ISREG(status.st_mode) else b""
+            if len(header) != _HEADER.size:
+                raise StepStatsError("not a statistics file", name)
+            magic, num_samples, _, max_steps, _ = _HEADER.unpack(header)
+            if magic != _MAGIC or num_samples < 1 or status.st_size != _size(num_samples, max_steps):
+                raise StepStatsError("not a complete statistics file of this version", name)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(name, descriptor, num_samples, max_steps)
+
+    def write(
+        self,
+        step: int,
+        token_id: int,
+        log_prob: float,
+        total: float,
+        aleatoric: float,
+        epistemic: float,
+        variation_ratio: float,
+        member_log_probs: Sequence[float],
+    ) -> None:
+        """Writes the record of one step; writing it again replaces it.
+
+        Raises:
+            ValueError: if the step is outside 0..max_steps - 1, the token is negative or there are not K member values.
+            StepStatsError: if the write fails.
+        """
+        if not 0 <= step < self.max_steps:
+            raise ValueError(f"step {step} is outside the 0..{self.max_steps - 1} of {self.path}")
+        if token_id < 0 or len(member_log_probs) != self.num_samples:
+            raise ValueError(
+                f"a record needs a token id >= 0 and {self.num_samples} member values, got {token_id} and {len(member_log_probs)}"
+            )
+        record = self._record.pack(
+            token_id + 1, log_prob, total, aleatoric, epistemic, variation_ratio, *map(float, member_log_probs)
+        )
+        descriptor = self._open_descriptor()
+        try:
+            written = os.pwrite(descriptor, record, _HEADER.size + step * self._record.size)
+        except OSError as error:
+            raise StepStatsError(f"cannot write step {step}", self.path, error) from error
+        if written != len(record):
+            raise StepStatsError(f"cannot write step {step} (only {written} of {len(record)} bytes)", self.path)
+
+    def read(self, num_steps: int, start: int = 0) -> StepTable:
+        """Reads the records start..num_steps - 1.
+
+        Raises:
+            ValueError: if the range is not within 0..max_steps.
+            StepStatsError: if the file is shorter than it was, or cannot be read.
+        """
+        if not 0 <= start <= num_steps <= self.max_steps:
+            raise ValueError(f"steps {start}..{num_steps} are not within the 0..{self.max_steps} of {self.path}")
+        size = (num_steps - start) * self._record.size
+        data = bytearray()
+        descriptor = self._open_descriptor()
+        while len(data) < size:
+            offset = _HEADER.size + start * self._record.size + len(data)
+            try:
+                part = os.pread(descriptor, size - len(data), offset)
+            except OSError as error:
+                raise StepStatsError("cannot read the statistics file", self.path, error) from error
+            if not part:
+                raise StepStatsError("the statistics file has been truncated", self.path)
+            data += part
+        rows = np.frombuffer(data, dtype="<f8").reshape(num_steps - start, _SCALARS + self.num_samples)
+        return StepTable(
+            token_id=rows[:, 0].astype(np.int64) - 1,
+            log_prob=rows[:, 1],
+            total=rows[:, 2],
+            aleatoric=rows[:, 3],
+            epistemic=rows[:, 4],
+            variation_ratio=rows[:, 5],
+            member_log_probs=rows[:, _SCALARS:],
+        )
+
+    def close(self) -> None:
+        """Closes the descriptor; the file stays. Safe to call twice."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def unlink(self) -> None:
+        """Closes and removes the file; a file that is already gone is fine."""
+        self.close()
+        Path(self.path).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_descriptor(self) -> int:
+        if self._descriptor is None:
+            raise StepStatsError("the statistics file has been closed", self.path)
+        return self._descriptor
+
+
+def _size(num_samples: int, max_steps: int) -> int:
+    """Size of a file in bytes."""
+    return _HEADER.size + 8 * (_SCALARS + num_samples) * max_steps

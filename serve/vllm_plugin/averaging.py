@@ -1,0 +1,157 @@
+"""Bayesian model averaging of one decoding step: pure torch, no vLLM.
+
+A gang is K requests that decode the same text under K posterior samples. At every step their next-token
+distributions are averaged, one token is chosen from the average, and all members continue with it. Shape suffixes:
+G gangs of equal K, K members, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from credence.adapters.uncertainty import TokenScores, token_scores
+
+GREEDY_TEMPERATURE = 1e-5
+"""Below this temperature the most likely token is taken (vLLM's threshold)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceRule:
+    """How a gang chooses a token from the averaged distribution; the meaning and order of the filters are vLLM's.
+
+    Attributes:
+        seed: 0 <= seed < 2**64, key of the generator; the token of a step is a function of (seed, step) and the average.
+        temperature: divides the log-probabilities; below 1e-5 the choice is greedy and the filters do not matter.
+        top_k: keep the k most likely tokens (ties with the last stay); 0 or less keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches p, after top_k; 1 keeps all.
+        min_p: keep tokens whose probability is at least min_p times the largest.
+        presence_penalty, frequency_penalty, repetition_penalty: OpenAI's and vLLM's penalties on tokens seen before; 0, 0 and 1 do nothing.
+    """
+
+    seed: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether any penalty is in force."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AveragedStep:
+    """One step of G gangs.
+
+    Attributes:
+        scores: TokenScores with batch dimension G; ``scores.mean_log_probs`` is [G, V], float32.
+        member_log_probs: [G, K, V], log-softmax of each member, float32.
+    """
+
+    scores: TokenScores
+    member_log_probs: Tensor
+
+    def record(self, tokens_G: Tensor) -> list[list[float]]:
+        """Returns, per gang: log_prob, total, aleatoric, epistemic, variation_ratio, then the K member log-probabilities of its token."""
+        chosen = self.scores.mean_log_probs.gather(-1, tokens_G[:, None])
+        num_members = self.member_log_probs.shape[1]
+        members = self.member_log_probs.gather(-1, tokens_G[:, None, None].expand(-1, num_members, 1)).squeeze(-1)
+        scores = torch.stack([self.scores.total, self.scores.epistemic, self.scores.variation_ratio], dim=-1)
+        rows: list[list[float]] = torch.cat([chosen, scores, members], dim=-1).tolist()
+        # In float64: ln K as a float32 may exceed ln K, and the written parts have to add up to the written total.
+        limit = math.log(num_members)
+        bounded = [[r[0], r[1], min(r[2], limit), *r[3:]] for r in rows]
+        return [[r[0], r[1], r[1] - r[2], *r[2:]] for r in bounded]
+
+
+def average(logits_GKV: Tensor) -> AveragedStep:
+    """Averages the next-token distributions of G gangs: log (1/K) sum_k softmax(logits_k), and its scores on the full vocabulary.
+
+    Args:
+        logits_GKV: [G, K, V]; -inf marks a token that must not be chosen. Each row is treated by itself: a gang's numbers do not depend on
+            the other gangs.
+    """
+    log_probs = torch.log_softmax(logits_GKV, dim=-1, dtype=torch.float32)
+    return AveragedStep(scores=token_scores(log_probs), member_log_probs=log_probs)
+
+
+def mean_log_normaliser(logits_KV: Tensor) -> Tensor:
+    """Returns mean_k logsumexp(logits_k), which puts averaged log-probabilities back on the scale of logits (exactly, for K = 1)."""
+    return torch.logsumexp(logits_KV.float(), dim=-1).mean()
+
+
+def penalise(logits_V: Tensor, rule: ChoiceRule, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
+    """Applies vLLM's penalties to the logits of one gang.
+
+    repetition_penalty concerns prompt and output tokens (positive logits are divided by it, negative ones multiplied), presence_penalty and
+    frequency_penalty the output only. The first is not invariant to a shift, so the average must be given on the scale of logits.
+    """
+    size = logits_V.shape[-1]
+    counts = torch.bincount(_token_tensor(output, size), minlength=size).to(logits_V.device)
+    seen = counts > 0
+    seen |= (torch.bincount(_token_tensor(prompt, size), minlength=size) > 0).to(logits_V.device)
+    factor = torch.where(logits_V > 0, 1 / rule.repetition_penalty, rule.repetition_penalty)
+    logits = torch.where(seen, logits_V * factor, logits_V)
+    return logits - rule.frequency_penalty * counts - rule.presence_penalty * (counts > 0).to(logits.dtype)
+
+
+def choose_token(logits_V: Tensor, rule: ChoiceRule, step: int) -> Tensor:
+    """Chooses one token from softmax(logits / temperature) after min_p, top_k and top_p.
+
+    Inverse-CDF sampling in float64 with one uniform number from (seed, step): it has no state, and is the same on every rank and
+    whatever else is in the batch.
+
+    Args:
+        logits_V: [V], averaged log-probabilities (any shift); -inf is never chosen.
+        step: number of output tokens so far.
+
+    Returns:
+        The token id, a 0-dimensional int64 tensor on the device of the logits.
+    """
+    if rule.temperature < GREEDY_TEMPERATURE:
+        return logits_V.argmax()
+    scaled = logits_V.double() / rule.temperature
+    weights = (scaled - scaled.max()).exp()
+    if rule.min_p > 0:
+        weights = torch.where(weights < rule.min_p, 0.0, weights)
+    ids = None
+    if 0 < rule.top_k < weights.shape[0]:
+        # Ties with the k-th token stay, as in vLLM: keep by value, not by position.
+        smallest = weights.topk(rule.top_k).values[-1]
+        weights = torch.where(weights < smallest, 0.0, weights)
+    if rule.top_p < 1:
+        weights, ids = weights.sort(descending=True, stable=True)
+        reached = weights.cumsum(0) - weights
+        weights = torch.where(reached < rule.top_p * weights.sum(), weights, 0.0)
+        weights[0] = weights[0].clamp_min(torch.finfo(weights.dtype).tiny)
+    position = _inverse_cdf(weights, uniform(rule.seed, step))
+    return position if ids is None else ids[position]
+
+
+def uniform(seed: int, step: int) -> float:
+    """Returns a uniform number in [0, 1) with 53 bits: a counter-based generator, SHA-256 of (seed, step)."""
+    if not 0 <= seed < 2**64 or step < 0:
+        raise ValueError(f"seed must be in 0..2**64 - 1 and step 0 or more, got {seed} and {step}")
+    digest = hashlib.sha256(b"credence.token\0" + seed.to_bytes(8, "little") + step.to_bytes(8, "little")).digest()
+    return math.ldexp(int.from_bytes(digest[:8], "little") >> 11, -53)
+
+
+def _inverse_cdf(weights: Tensor, u: float) -> Tensor:
+    """Returns the first position whose cumulative weight exceeds u times the sum; its weight is positive."""
+    cumulative = weights.cumsum(0)
+    position = torch.searchsorted(cumulative, (u * cumulative[-1:]), right=True).clamp_max(weights.shape[0] - 1)[0]
+    # A parallel prefix sum may round a token of weight 0 above its neighbour; never return such a token.
+    return torch.where(weights[position] > 0, position, weights.argmax())
+
+
+def _token_tensor(tokens: Sequence[int], size: int) -> Tensor:
+    ids = torch.tensor(tokens, dtype=torch.int64)
+    return ids[(ids >= 0) & (ids < size)]

@@ -1,0 +1,35 @@
+"""Entry point ``vllm.general_plugins``: runs in the API, engine and worker processes before the engine is built."""
+
+import os
+
+from vllm.platforms import current_platform
+
+from credence.serve.vllm_plugin import cpu_fixes, cpu_lora, worker
+
+
+def register() -> None:
+    """Installs the worker's draws, and on CPU the corrected LoRA product. May run several times in a process."""
+    worker.install()
+    if current_platform.is_cpu():
+        cpu_lora.install()
+        cpu_fixes.install()
+        if os.environ.get("CREDENCE_FORK_ENGINE"):
+            _fork_engine()
+
+
+def _fork_engine() -> None:
+    """Forks the engine process instead of spawning it, which saves a second import of vLLM; for tests and the demo.
+
+    The CPU platform forces spawn while it checks the configuration; this sets fork back right after.
+    """
+    platform = type(current_platform)
+    if getattr(platform, "_credence_fork", False):
+        return
+    original = platform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: object) -> None:
+        original(cls, vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+    platform._credence_fork = True

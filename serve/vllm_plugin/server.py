@@ -1,0 +1,103 @@
+"""vLLM's own server, started so that it cannot come up without our plugins.
+
+vLLM only logs when a plugin cannot be imported, and then serves without it: ``uncertainty`` would be ignored with a 200. And when
+its engine process dies, its server ends with exit code 0. Both are put right here.
+"""
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+import uvloop
+from starlette.datastructures import State
+from vllm.config.lora import MaxLoRARanks
+from vllm.entrypoints.launchers.api_server import entry
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from credence.serve.errors import ConfigurationError
+from credence.serve.vllm_plugin import endpoint, general, logits_processor, scheduler
+
+logger = logging.getLogger(__name__)
+
+PLUGINS = {
+    "vllm.general_plugins": ("credence", general.register),
+    "vllm.endpoint_plugins": ("credence_http", endpoint.CredenceEndpointPlugin),
+    "vllm.logits_processors": ("credence", logits_processor.EnsembleLogitsProcessor),
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serves until a signal or the engine's end.
+
+    Args:
+        argv: vLLM's own command line, without the program name.
+
+    Returns:
+        0 after an orderly shutdown, 1 if the engine died.
+
+    Raises:
+        ConfigurationError: a plugin is not installed or did not start.
+    """
+    check_entry_points()
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="credence serve", description="vLLM's options"))
+    args = parser.parse_args(list(argv))
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    if (args.api_server_count or 1) > 1:
+        raise ConfigurationError("several API processes would not see each other's samples; use --api-server-count 1")
+    states: list[State] = []
+    entry.init_app_state = _checked(entry.init_app_state, states)
+    uvloop.run(entry.run_server(args))
+    backend = states[0].credence if states else None
+    if backend is None or (backend.engine_client.errored and not backend.draining):
+        logger.error("The engine died; the server exits with code 1")
+        return 1
+    return 0
+
+
+def check_entry_points() -> None:
+    """Raises ConfigurationError unless vLLM will find each of our plugins where it looks for them."""
+    for group, (name, target) in PLUGINS.items():
+        found = [point for point in entry_points(group=group) if point.name == name]
+        if len(found) != 1 or found[0].load() is not target:
+            raise ConfigurationError(
+                f"the plugin {name} of {group} is registered {len(found)} times or by another package; "
+                "reinstall credence in this environment"
+            )
+
+
+def default_scheduler() -> str:
+    """The gang scheduler that fits the platform's default: vLLM schedules asynchronously everywhere but on CPU."""
+    cls = scheduler.GangScheduler if current_platform.is_cpu() else scheduler.GangAsyncScheduler
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+def smallest_lora_rank(rank: int) -> int:
+    """The smallest ``--max-lora-rank`` vLLM accepts that holds ``rank``.
+
+    Raises:
+        ConfigurationError: if there is none.
+    """
+    ranks = sorted(int(value) for value in MaxLoRARanks.__args__)
+    for allowed in ranks:
+        if allowed >= rank:
+            return allowed
+    raise ConfigurationError(f"an adapter has rank {rank}, vLLM serves at most {ranks[-1]}")
+
+
+def _checked(init_app_state: Any, states: list[State]) -> Any:
+    async def checked(engine_client: Any, state: State, args: Any, supported_tasks: Any = None) -> None:
+        await init_app_state(engine_client, state, args, supported_tasks)
+        if getattr(state, "credence", None) is None:
+            raise ConfigurationError(
+                "vLLM started without the credence endpoint plugin; see its log for the import error"
+            )
+        states.append(state)
+
+    return checked

@@ -1,0 +1,334 @@
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from credence.clients import (
+    Client,
+    ConnectionFailedError,
+    CredenceError,
+    InvalidResponseError,
+    RateLimitError,
+    RequestTimeoutError,
+    ServerError,
+    ServiceUnavailableError,
+    TransportError,
+    UncertaintyMissingError,
+)
+from tests.clients.answers import UNCERTAINTY, Script, completion, error
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    waited: list[float] = []
+    monkeypatch.setattr("credence.clients.client.time.sleep", waited.append)
+    yield waited
+
+
+def client(script: Script, **options: Any) -> Client:
+    return Client("http://server:8000", transport=httpx.MockTransport(script), **options)
+
+
+def test_complete_without_uncertainty_sends_only_what_was_given() -> None:
+    script = Script(httpx.Response(200, json=completion()))
+    answer = client(script).complete("hello", model="base")
+    assert script.body == {"model": "base", "prompt": "hello"}
+    assert str(script.requests[0].url) == "http://server:8000/v1/completions"
+    assert (answer.text, answer.uncertainty, answer.choices[0].finish_reason) == (" text 0", None, "length")
+    assert answer.usage is not None and answer.usage.total_tokens == 7
+
+
+def test_uncertainty_is_true_without_options_and_an_object_with_them() -> None:
+    script = Script(*[httpx.Response(200, json=completion(UNCERTAINTY)) for _ in range(2)])
+    with client(script) as opened:
+        opened.complete("p", model="triage", uncertainty=True)
+        assert script.body["uncertainty"] is True
+        opened.complete(
+            [1, 2, 3],
+            model="triage",
+            uncertainty=True,
+            n_samples=4,
+            mode="choices",
+            choices=("yes", "no"),
+            tau=0,
+            seed=7,
+            granularity="token",
+            return_samples=True,
+            min_samples=2,
+            threshold=0.5,
+            calibrated=False,
+            max_tokens=5,
+            temperature=0,
+            top_p=1,
+            top_k=3,
+            min_p=0.1,
+            stop=("a", "b"),
+            logprobs=0,
+            n=1,
+            sampling_seed=11,
+        )
+    assert script.body == {
+        "model": "triage",
+        "prompt": [1, 2, 3],
+        "max_tokens": 5,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 3,
+        "min_p": 0.1,
+        "stop": ["a", "b"],
+        "logprobs": 0,
+        "n": 1,
+        "seed": 11,
+        "uncertainty": {
+            "n_samples": 4,
+            "mode": "choices",
+            "choices": ["yes", "no"],
+            "tau": 0.0,
+            "seed": 7,
+            "granularity": "token",
+            "return_samples": True,
+            "min_samples": 2,
+            "threshold": 0.5,
+            "calibrated": False,
+        },
+    }
+
+
+def test_uncertainty_of_the_answer() -> None:
+    full = UNCERTAINTY | {
+        "tokens": [{"token": " yes", "logprob": -0.2, "total": 0.5, "epistemic": 0.1}],
+        "choices": [{"label": "yes", "prob": 0.83, "std": 0.06}],
+    }
+    script = Script(httpx.Response(200, json=completion(full), headers={"X-Request-Id": "r-9"}))
+    answer = client(script).complete("p", model="triage", uncertainty=True)
+    scores = answer.uncertainty
+    assert scores is not None and answer.request_id == "r-9"
+    assert (scores.n_effective, scores.confidence, scores.flag, scores.unit) == (8, 0.83, "ok", "nats/token")
+    assert (scores.total, scores.aleatoric, scores.epistemic) == (0.41, 0.29, 0.12)
+    assert scores.sequence is not None and scores.sequence.variation_ratio == 0.125
+    assert scores.tokens is not None and scores.tokens[0].token == " yes"
+    assert scores.choices is not None and scores.choices[0].std == 0.06
+    assert scores.adapter is not None and scores.adapter.digest == "sha256:ab"
+
+
+def test_unknown_fields_of_an_answer_are_kept_and_answers_are_frozen() -> None:
+    body = completion(UNCERTAINTY | {"novel": 3}, brand_new={"x": 1})
+    answer = client(Script(httpx.Response(200, json=body))).complete("p", model="m", uncertainty=True)
+    assert answer.uncertainty is not None
+    assert answer.uncertainty.model_extra == {"novel": 3}
+    assert answer.model_dump()["brand_new"] == {"x": 1}
+    with pytest.raises(ValueError, match="frozen"):
+        answer.id = "other"  # type: ignore[misc]
+
+
+def test_a_server_that_ignores_uncertainty_is_an_error() -> None:
+    body = completion(UNCERTAINTY, None, UNCERTAINTY)
+    with pytest.raises(UncertaintyMissingError, match=r"choices \[1\] of model 'm'.*plain vLLM") as caught:
+        client(Script(httpx.Response(200, json=body))).complete("p", model="m", uncertainty=True, n=3)
+    assert caught.value.choice_indices == (1,)
+    assert caught.value.request_id
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_samples": 4}, "n_samples given without uncertainty=True"),
+        ({"tau": 0.0, "seed": 1}, "tau, seed given without uncertainty=True"),
+        ({"uncertainty": {"n_samples": 4}}, "uncertainty is {'n_samples': 4}; give True or False"),
+        ({"uncertainty": True, "n_samples": 0}, "n_samples is 0: .*greater than or equal to 1"),
+        ({"uncertainty": True, "n_samples": True}, "n_samples is True: .*integer"),
+        ({"uncertainty": True, "n_samples": 2.0}, "n_samples is 2.0: .*integer"),
+        ({"uncertainty": True, "mode": "magic"}, "mode is 'magic': .*'ensemble'"),
+        ({"uncertainty": True, "tau": -1.0}, "tau is -1.0"),
+        ({"uncertainty": True, "tau": float("nan")}, "tau is nan"),
+        ({"uncertainty": True, "seed": -1}, "seed is -1"),
+        ({"uncertainty": True, "granularity": "word"}, "granularity is 'word'"),
+        ({"uncertainty": True, "n_samples": 4, "min_samples": 5}, "min_samples is 5, n_samples is 4"),
+        ({"uncertainty": True, "mode": "choices"}, "belong together"),
+        ({"uncertainty": True, "choices": ["a", "b"]}, "belong together"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temperature": -0.1, "top_p": 0.0}, "temperature is -0.1: .*; top_p is 0.0"),
+        ({"model": ""}, "model is ''"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_sent(arguments: dict[str, Any], message: str) -> None:
+    script = Script()
+    with pytest.raises(ValueError, match=message):
+        client(script).complete(**({"prompt": "p", "model": "m"} | arguments))
+    assert script.requests == []
+
+
+def test_a_wrong_prompt_is_named_but_never_shown() -> None:
+    with pytest.raises(ValueError, match="^prompt: ") as caught:
+        client(Script()).complete(["my secret"], model="m")  # type: ignore[list-item]
+    assert "secret" not in str(caught.value)
+
+
+def test_a_misspelt_argument_is_refused() -> None:
+    with pytest.raises(TypeError, match="max_token"):
+        client(Script()).complete("p", model="m", max_token=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_url": "server:8000"}, "base_url is 'server:8000'"),
+        ({"base_url": "ftp://server"}, "base_url is 'ftp://server'"),
+        ({"base_url": "http://"}, "base_url is 'http://'"),
+        ({"base_url": "http://me:hunter2@server"}, "carries a user name"),
+        ({"timeout_s": 0}, "timeout_s is 0"),
+        ({"timeout_s": float("inf")}, "timeout_s is inf"),
+        ({"max_retries": -1}, "max_retries is -1"),
+        ({"api_key": "abc\ndef"}, "api_key is empty or has characters"),
+        ({"api_key": ""}, "api_key is empty"),
+    ],
+)
+def test_wrong_constructor_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Client(**({"base_url": "http://server"} | options))
+    assert "hunter2" not in str(caught.value) and "abc" not in str(caught.value)
+
+
+@pytest.mark.parametrize("base_url", ["http://server:8000/v1", "http://server:8000/v1/", "http://server:8000/"])
+def test_base_url_may_end_in_v1(base_url: str) -> None:
+    script = Script(httpx.Response(200, json={"data": []}))
+    assert Client(base_url, transport=httpx.MockTransport(script)).models() == ()
+    assert str(script.requests[0].url) == "http://server:8000/v1/models"
+
+
+def test_the_key_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> None:
+    script = Script(httpx.Response(200, json=completion()))
+    with caplog.at_level(logging.DEBUG):
+        opened = client(script, api_key="k-123")
+        opened.complete("private words", model="m")
+    assert script.requests[0].headers["authorization"] == "Bearer k-123"
+    assert repr(opened) == "Client('http://server:8000')"
+    assert "k-123" not in caplog.text and "private words" not in caplog.text
+
+
+def test_models_with_their_posterior() -> None:
+    posterior = {
+        "kind": "diag",
+        "method": "ivon",
+        "digest": "sha256:ab",
+        "tau": 100.0,
+        "default_n_samples": 8,
+        "max_n_samples": 32,
+    }
+    entries = [{"id": "base", "object": "model"}, {"id": "triage", "parent": "base", "posterior": posterior}]
+    base, triage = client(Script(httpx.Response(200, json={"object": "list", "data": entries}))).models()
+    assert base.posterior is None
+    assert triage.posterior is not None
+    assert triage.posterior.model_dump() == posterior
+
+
+def test_health_and_ready_read_503_as_no_and_are_not_retried(sleeps: list[float]) -> None:
+    script = Script(httpx.Response(200), httpx.Response(503, headers={"Retry-After": "1"}), error(500))
+    opened = client(script)
+    assert opened.health() is True
+    assert opened.ready() is False
+    with pytest.raises(ServerError):
+        opened.ready()
+    assert [request.url.path for request in script.requests] == ["/livez", "/readyz", "/readyz"]
+    assert sleeps == []
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retries_what_the_server_says_to_retry(status: int, sleeps: list[float]) -> None:
+    script = Script(error(status, Retry_After="3"), httpx.Response(200, json=completion()))
+    assert client(script).complete("p", model="m").text == " text 0"
+    assert sleeps == [3.0]
+    first, second = (request.headers["x-request-id"] for request in script.requests)
+    assert first == second
+
+
+def test_retry_after_of_zero_still_backs_off(sleeps: list[float]) -> None:
+    script = Script(*[error(503, Retry_After="0") for _ in range(7)])
+    with pytest.raises(ServiceUnavailableError):
+        client(script, max_retries=6).complete("p", model="m")
+    assert len(sleeps) == 6
+    for waited, most in zip(sleeps, [0.5, 1.0, 2.0, 4.0, 8.0, 8.0], strict=True):
+        assert 0.75 * most <= waited <= most
+
+
+def test_gives_up_after_max_retries_with_the_last_error(sleeps: list[float]) -> None:
+    script = Script(*[error(429, Retry_After="1") for _ in range(3)])
+    with pytest.raises(RateLimitError) as caught:
+        client(script, max_retries=2).complete("p", model="m")
+    assert len(script.requests) == 3 and len(sleeps) == 2
+    assert caught.value.retry_after_s == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [error(503), error(429), error(500, Retry_After="1"), error(504, Retry_After="1"), error(503, Retry_After="3600")],
+    ids=["503 without Retry-After", "429 without Retry-After", "500", "504", "an hour"],
+)
+def test_does_not_retry_other_errors(answer: httpx.Response, sleeps: list[float]) -> None:
+    script = Script(answer)
+    with pytest.raises(CredenceError):
+        client(script).complete("p", model="m")
+    assert len(script.requests) == 1 and sleeps == []
+
+
+@pytest.mark.parametrize("failure", [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow")])
+def test_retries_when_no_connection_could_be_made(failure: Exception, sleeps: list[float]) -> None:
+    script = Script(failure, httpx.Response(200, json=completion()))
+    assert client(script).complete("p", model="m").id == "cmpl-1"
+    assert len(sleeps) == 1
+    with pytest.raises(ConnectionFailedError, match="no connection to http://server:8000") as caught:
+        client(Script(failure), max_retries=0).complete("p", model="m")
+    assert isinstance(caught.value, ConnectionError) and caught.value.request_id
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected", "message"),
+    [
+        (httpx.ReadTimeout("slow"), RequestTimeoutError, "no answer from .*within 60 s"),
+        (httpx.WriteTimeout("slow"), RequestTimeoutError, "no answer"),
+        (httpx.ReadError("reset"), TransportError, "whether the server did the work is unknown"),
+        (httpx.RemoteProtocolError("gone"), TransportError, "gone"),
+    ],
+)
+def test_never_repeats_a_request_whose_outcome_is_unknown(
+    failure: Exception, expected: type[CredenceError], message: str, sleeps: list[float]
+) -> None:
+    script = Script(failure)
+    with pytest.raises(expected, match=message):
+        client(script).complete("p", model="m")
+    assert len(script.requests) == 1 and sleeps == []
+
+
+def test_request_timeout_is_a_timeout_error() -> None:
+    with pytest.raises(TimeoutError):
+        client(Script(httpx.ReadTimeout("slow"))).complete("p", model="m")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"<html>hello</html>", "the body"),
+        (b"\xff\xfe", "the body"),
+        (b"[]", "the body"),
+        (b'{"id":"x","model":"m","choices":[]}', "choices"),
+        (b'{"id":"x","model":"m","choices":[{"index":0,"text":null}]}', r"choices\.0\.text"),
+    ],
+)
+def test_an_unexpected_body_is_named(body: bytes, message: str) -> None:
+    with pytest.raises(InvalidResponseError, match=message):
+        client(Script(httpx.Response(200, content=body))).complete("p", model="m")
+
+
+def test_an_answer_without_tokens_has_no_scores() -> None:
+    empty = UNCERTAINTY | {"total": None, "aleatoric": None, "epistemic": None, "confidence": None, "sequence": None}
+    answer = client(Script(httpx.Response(200, json=completion(empty)))).complete("p", model="m", uncertainty=True)
+    assert answer.uncertainty is not None and answer.uncertainty.total is None
+
+
+@pytest.mark.parametrize("total", ["high", [1.0]])
+def test_scores_that_are_not_numbers_are_refused(total: object) -> None:
+    body = completion(UNCERTAINTY | {"total": total})
+    with pytest.raises(InvalidResponseError, match=r"choices\.0\.uncertainty\.total"):
+        client(Script(httpx.Response(200, json=body))).complete("p", model="m", uncertainty=True)

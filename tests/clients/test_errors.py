@@ -1,0 +1,106 @@
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+
+from credence.clients import (
+    AuthenticationError,
+    BadRequestError,
+    CredenceError,
+    DeadlineError,
+    NotFoundError,
+    PayloadTooLargeError,
+    PermissionDeniedError,
+    RateLimitError,
+    ServerError,
+    ServiceUnavailableError,
+    StatusError,
+    UnprocessableError,
+    errors,
+)
+from credence.clients.errors import error_from_response, parse_retry_after
+from tests.clients.answers import error
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (400, BadRequestError),
+        (401, AuthenticationError),
+        (403, PermissionDeniedError),
+        (404, NotFoundError),
+        (409, StatusError),
+        (413, PayloadTooLargeError),
+        (422, UnprocessableError),
+        (429, RateLimitError),
+        (500, ServerError),
+        (502, ServerError),
+        (503, ServiceUnavailableError),
+        (504, DeadlineError),
+        (302, StatusError),
+    ],
+)
+def test_one_class_per_status(status: int, expected: type[StatusError]) -> None:
+    assert type(error_from_response(error(status))) is expected
+
+
+def test_openai_envelope() -> None:
+    body = {
+        "error": {
+            "message": "n_samples is 99, at most 32",
+            "type": "invalid_request_error",
+            "param": "uncertainty.n_samples",
+            "code": 400,
+        }
+    }
+    raised = error_from_response(error(400, body, x_request_id="r-1", retry_after="2"))
+    assert raised.message == "n_samples is 99, at most 32"
+    assert (raised.status, raised.type, raised.code) == (400, "invalid_request_error", "400")
+    assert (raised.param, raised.request_id, raised.retry_after_s) == ("uncertainty.n_samples", "r-1", 2.0)
+    assert str(raised) == ("n_samples is 99, at most 32 (status 400, param uncertainty.n_samples, request id r-1)")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"object": "error", "message": "flat", "code": 404}, "flat"),
+        ({"error": "just words"}, "just words"),
+        ({"detail": "Not Found"}, "Not Found"),
+        ({"detail": [{"loc": ["body"], "msg": "bad"}]}, '[{"loc": ["body"], "msg": "bad"}]'),
+        ({"error": None}, "the server answered 404 without a readable error message"),
+        ({}, "the server answered 404 without a readable error message"),
+        ([1], "the server answered 404 without a readable error message"),
+        (b"", "the server answered 404 without a readable error message"),
+        ("<html>\n gone </html>", "the server answered 404: <html> gone </html>"),
+        (b"\xff\xfe\x00", "the server answered 404: "),
+    ],
+)
+def test_any_error_body_is_survived(body: object, message: str) -> None:
+    raised = error_from_response(error(404, body), request_id="mine")
+    assert raised.message.startswith(message)
+    assert raised.request_id == "mine"
+
+
+def test_a_long_page_is_cut() -> None:
+    assert len(error_from_response(error(502, "x" * 10_000)).message) < 300
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(None, None), ("2", 2.0), ("0.5", 0.5), ("-1", None), ("nan", None), ("inf", None), ("soon", None), ("", None)],
+)
+def test_retry_after_in_seconds(value: str | None, seconds: float | None) -> None:
+    assert parse_retry_after(value) == seconds
+
+
+def test_retry_after_as_a_date() -> None:
+    soon = parse_retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True))
+    assert soon is not None and 25.0 < soon <= 30.0
+    assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+
+
+def test_every_class_is_drawn_in_the_docstring() -> None:
+    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, CredenceError)]
+    assert len(classes) == 17
+    for value in classes:
+        assert value.__name__ in str(errors.__doc__)

@@ -1,0 +1,52 @@
+"""The slow reference: posterior samples as PEFT adapters in transformers, averaged one forward pass at a time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class Step:
+    """Scores of one generated token, nats."""
+
+    token: int
+    total: float
+    aleatoric: float
+    epistemic: float
+    log_prob: float
+
+
+class Reference:
+    """A base model with sample folders loaded beside it."""
+
+    def __init__(self, base: Path, samples: dict[str, Path]) -> None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        names = list(samples)
+        self.model: Any = PeftModel.from_pretrained(model, samples[names[0]], adapter_name=names[0])
+        for name in names[1:]:
+            self.model.load_adapter(samples[name], adapter_name=name)
+        self.model.eval()
+
+    @torch.no_grad()
+    def greedy(self, prompt: list[int], num_tokens: int, names: list[str | None]) -> list[Step]:
+        """Greedy decoding of the average of ``names`` (None: the bare base model), in float64 after the logits.
+
+        By the definitions: p = mean_k p_k, total H[p], aleatoric mean_k H[p_k]. PEFT's mixed batches give each row its own adapter.
+        """
+        rows = [name or "__base__" for name in names]
+        ids, cache, steps = list(prompt), None, []
+        for _ in range(num_tokens):
+            output = self.model(torch.tensor([ids] * len(rows)), adapter_names=rows, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            members = torch.softmax(output.logits[:, -1].double(), -1)
+            average = members.mean(0)
+            token = int(average.argmax())
+            total = float(-(average * average.log()).sum())
+            aleatoric = float(-(members * members.log()).sum(-1).mean())
+            steps.append(Step(token, total, aleatoric, total - aleatoric, float(average[token].log())))
+            ids = [token]
+        return steps

@@ -1,0 +1,202 @@
+"""One real vLLM engine per session, in this process, on a tiny random Llama; and the same model in transformers + PEFT."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from credence.adapters.artifact import Artifact, BaseModelRef, PosteriorConfig, load_artifact, write_artifact
+from credence.adapters.kinds.diag import DiagPosterior
+from credence.adapters.posterior import LoraFactors
+
+VOCABULARY = 128
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 96, 160, 2, 4, 2, 32
+RANK, ALPHA = 16, 24
+MAX_LORAS = 4
+PLUGIN_TOKEN = "test-token"
+CHUNK = 32
+"""Tokens of one engine step: longer prompts are prefilled in chunks."""
+
+SHAPES = {
+    "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The served model, its folder, and an artifact that fits it."""
+
+    llm: Any
+    model_path: Path
+    artifact: Artifact
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with grouped-query attention, float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A mean adapter on every linear module, with noise on both factors; alpha / r = 1.5 is no power of two."""
+    generator = torch.Generator().manual_seed(5)
+    mean: dict[str, LoraFactors] = {}
+    posteriors: dict[str, Any] = {}
+    for layer in range(LAYERS):
+        for name, (n_out, n_in) in SHAPES.items():
+            module = f"model.layers.{layer}.{name}"
+            factors = LoraFactors(
+                A=0.2 * torch.randn(RANK, n_in, generator=generator),
+                B=0.05 * torch.randn(n_out, RANK, generator=generator),
+            )
+            mean[module] = factors
+            posteriors[module] = DiagPosterior(
+                log_sd_A=torch.full_like(factors.A, 0.15).log(), log_sd_B=torch.full_like(factors.B, 0.05).log()
+            )
+    names = sorted({name.split(".")[1] for name in SHAPES})
+    path = tmp_path_factory.mktemp("artifact") / "adapter"
+    write_artifact(
+        path,
+        adapter_config={
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": names,
+            "bias": "none", "base_model_name_or_path": "tiny",
+        },
+        mean=mean,
+        posteriors=posteriors,
+        config=PosteriorConfig(
+            kind="diag", method="test", credence_version="0", base_model=BaseModelRef(name="tiny"), rank=RANK,
+            lora_alpha=ALPHA, target_modules=tuple(names),
+        ),
+    )  # fmt: skip
+    return load_artifact(path)
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path, artifact: Artifact) -> Iterator[Engine]:
+    """vLLM with our plugins installed, MAX_LORAS slots, chunked prefill of CHUNK tokens."""
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_PLUGINS": "",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CREDENCE_PLUGIN_TOKEN": PLUGIN_TOKEN,
+    }
+    import torch._dynamo
+
+    with pytest.MonkeyPatch.context() as patch, quiet():
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        patch.setattr(torch._dynamo.config, "disable", True)
+        from vllm import LLM
+
+        from credence.serve.vllm_plugin import cpu_lora, worker
+
+        cpu_lora.install()
+        worker.install()
+        llm = LLM(
+            model=str(tiny_model),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=192,
+            max_num_seqs=16,
+            max_num_batched_tokens=CHUNK,
+            enable_lora=True,
+            max_loras=MAX_LORAS,
+            max_cpu_loras=MAX_LORAS,
+            max_lora_rank=RANK,
+            max_logprobs=VOCABULARY,
+            disable_log_stats=True,
+        )
+        yield Engine(llm=llm, model_path=tiny_model, artifact=artifact)
+        llm.llm_engine.engine_core.shutdown()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """vLLM and its dependencies warn at start; a session with warnings as errors must not fail on them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class Reference:
+    """The slow reference: transformers + PEFT, float32, the whole prefix again for every token.
+
+    Args:
+        model_path: folder of the base model.
+        adapter: plain LoRA folder, or None for the base model.
+    """
+
+    def __init__(self, model_path: Path, adapter: Path | None = None) -> None:
+        from peft import PeftModel
+        from transformers import LlamaForCausalLM
+
+        with quiet():
+            model = LlamaForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+            self._model = (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+
+    @torch.no_grad()
+    def log_probs(self, tokens: list[int]) -> torch.Tensor:
+        """Log-probabilities of the token after each prefix, [T, V]."""
+        logits: torch.Tensor = self._model(input_ids=torch.tensor([tokens])).logits[0]
+        return logits.log_softmax(-1)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """A random prompt; use another seed in each test, or the prefix cache answers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+
+
+def generate(engine: Engine, prompts: list[list[int]], sampling: Any, adapters: list[Any] | None = None) -> list[Any]:
+    """Runs requests through the engine in one batch and returns their single completions with their prompts' log-probabilities."""
+    outputs = engine.llm.generate(
+        [{"prompt_token_ids": tokens} for tokens in prompts], sampling, lora_request=adapters, use_tqdm=False
+    )
+    return list(outputs)
+
+
+def logprob_matrix(completion: Any) -> torch.Tensor:
+    """Log-probabilities [T, V] of a completion asked for with logprobs=VOCABULARY."""
+    rows = [[step[token].logprob for token in range(VOCABULARY)] for step in completion.logprobs]
+    return torch.tensor(rows)

@@ -1,0 +1,290 @@
+"""credence.serve.vllm_plugin.cpu_lora and cpu_fixes: against a slow loop over rows, vLLM's own ops, and a real engine."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from credence.adapters.artifact import write_sample
+from tests.serve.vllm_plugin.conftest import (
+    CHUNK,
+    MAX_LORAS,
+    VOCABULARY,
+    Engine,
+    Reference,
+    generate,
+    logprob_matrix,
+    prompt,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SLOTS, N_IN, MAX_RANK = 5, 24, 8
+SLICES = (40, 12, 12)
+"""Query, key and value of grouped heads: unequal outputs."""
+
+
+def wrapper(kind: str, token_slots: list[int], request_slots: list[int] | None = None) -> Any:
+    """A LoRA wrapper after update_metadata: all SLOTS slots hold an adapter, each row has a slot (-1 = none)."""
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from credence.serve.vllm_plugin.cpu_lora import GroupedPunicaWrapper
+
+    made = {"ours": GroupedPunicaWrapper, "stock": PunicaWrapperCPU}[kind](256, 64, "cpu")
+
+    def ids(slots: list[int]) -> tuple[int, ...]:
+        return tuple(slot + 1 for slot in slots)
+
+    mapping = LoRAMapping(ids(token_slots), ids(request_slots or token_slots), is_prefill=True)
+    made.update_metadata(mapping, [slot + 1 for slot in range(SLOTS)], SLOTS, 64)
+    return made
+
+
+def weights(dtype: torch.dtype, slices: tuple[int, ...] = SLICES) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Stacked factors of all slots; slot s has rank s + 2, the rest of its rows is zero, as vLLM pads them."""
+    generator = torch.Generator().manual_seed(1)
+    a = [torch.randn(SLOTS, 1, MAX_RANK, N_IN, generator=generator) for _ in slices]
+    b = [torch.randn(SLOTS, 1, size, MAX_RANK, generator=generator) for size in slices]
+    for slot in range(SLOTS):
+        for pair in (*a, *b):
+            padded = pair[slot, 0, slot + 2 :] if pair.shape[-1] == N_IN else pair[slot, 0, :, slot + 2 :]
+            padded.zero_()
+    return tuple(t.to(dtype) for t in a), tuple(t.to(dtype) for t in b)
+
+
+def slow(y: Tensor, x: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...], scale: float, slots: list[int]) -> Tensor:
+    """One row at a time in float64; rows with slot -1 get nothing."""
+    result = y.double().clone()
+    for row, slot in enumerate(slots):
+        start = 0
+        for factor_a, factor_b in zip(a, b, strict=True):
+            size = factor_b.shape[-2]
+            if slot >= 0:
+                delta = factor_b[slot, 0].double() @ (factor_a[slot, 0].double() @ x[row].double())
+                result[row, start : start + size] += scale * delta
+            start += size
+    return result
+
+
+def inputs(rows: int, dtype: torch.dtype, width: int = sum(SLICES)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(rows, width, generator=generator).to(dtype), torch.randn(rows, N_IN, generator=generator).to(
+        dtype
+    )
+
+
+MAPPINGS = {
+    "lock-step decode": [0, 1, 2, 3, 4] * 3,
+    "prefill": [0] * 7 + [1] * 7 + [2] * 7,
+    "uneven, with base rows": [-1, 3, 3, -1, 0, 3, 4, 0, -1, 1, 3, 3, 3, 4],
+    "slots out of order": [4, 4, 2, 2, 0, 0, -1, 3, 1],
+    "one row": [2],
+    "one base row": [-1],
+    "only base rows": [-1] * 6,
+    "one adapter": [3] * 9,
+}
+
+
+@pytest.mark.parametrize("slots", MAPPINGS.values(), ids=MAPPINGS.keys())
+@pytest.mark.parametrize("scale", [1.0, 0.375])
+def test_linear_layers_match_the_slow_reference(slots: list[int], scale: float) -> None:
+    (y, x), (a, b) = inputs(len(slots), torch.float32), weights(torch.float32)
+    expected = slow(y, x, a, b, scale, slots)
+    wrapper("ours", slots).add_lora_linear(y, x, a, b, scale, SLICES)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [MAPPINGS["uneven, with base rows"], MAPPINGS["lock-step decode"]])
+def test_bfloat16_is_no_less_accurate_than_vllms_ops(slots: list[int]) -> None:
+    (y, x), (a, b) = inputs(len(slots), torch.bfloat16), weights(torch.bfloat16)
+    expected = slow(y, x, a, b, 1.0, slots)
+    ours, stock = y.clone(), y.clone()
+    wrapper("ours", slots).add_lora_linear(ours, x, a, b, 1.0, SLICES)
+    wrapper("stock", slots).add_lora_linear(stock, x, a, b, 1.0, SLICES)
+    rows = [row for row, slot in enumerate(slots) if slot >= 0]
+    error, stock_error = (((t.double() - expected)[rows] ** 2).mean().sqrt() for t in (ours, stock))
+    assert error <= 1.05 * stock_error
+    # Two roundings to 8 bits (the intermediate and the sum) on numbers of a few units.
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=0.25)
+    base = [row for row, slot in enumerate(slots) if slot < 0]
+    assert torch.equal(ours[base], y[base])
+
+
+def test_without_the_patch_base_rows_get_another_adapters_weights() -> None:
+    """vLLM's op is wrong here; if this fails, vLLM has been repaired and the patch may go."""
+    slots = [0, -1, 2, -1]
+    (y, x), (a, b) = inputs(4, torch.float32), weights(torch.float32)
+    expected = slow(y, x, a, b, 1.0, slots)
+    ours, stock = y.clone(), y.clone()
+    wrapper("ours", slots).add_lora_linear(ours, x, a, b, 1.0, SLICES)
+    wrapper("stock", slots).add_lora_linear(stock, x, a, b, 1.0, SLICES)
+    assert torch.equal(ours[[1, 3]], y[[1, 3]])
+    torch.testing.assert_close(stock[[0, 2]].double(), expected[[0, 2]], rtol=1e-5, atol=1e-5)
+    last_slot = slow(y, x, a, b, 1.0, [0, SLOTS - 1, 2, SLOTS - 1])
+    torch.testing.assert_close(stock[[1, 3]].double(), last_slot[[1, 3]], rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_that_overflow_in_one_adapter_do_not_reach_other_rows() -> None:
+    slots = [0, 1, -1, 0, 1, 2]
+    (y, x), (a, b) = inputs(6, torch.float32), weights(torch.float32)
+    a[0][1], b[1][1] = torch.inf, torch.nan
+    wrapper("ours", slots).add_lora_linear(y, x, a, b, 1.0, SLICES)
+    assert torch.isfinite(y[[0, 2, 3, 5]]).all() and not torch.isfinite(y[[1, 4]]).all()
+
+
+@pytest.mark.parametrize("slots", [MAPPINGS["uneven, with base rows"], MAPPINGS["prefill"]])
+def test_shrink_and_expand_of_sharded_layers(slots: list[int]) -> None:
+    (y, x), (a, b) = inputs(len(slots), torch.float32), weights(torch.float32)
+    expected = slow(y, x, a, b, 0.5, slots)
+    ours = wrapper("ours", slots)
+    buffers = torch.full((len(SLICES), len(slots), MAX_RANK), 7.0)
+    ours.add_shrink(buffers, x, a, 0.5)
+    ours.add_expand(y, buffers, b, SLICES)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    ours.add_expand(y, buffers, b, SLICES, add_inputs=False)
+    torch.testing.assert_close(y.double(), slow(torch.zeros_like(y), x, a, b, 0.5, slots), rtol=1e-5, atol=1e-5)
+
+
+def test_embedding_layers() -> None:
+    slots = [1, -1, 4, 1]
+    generator = torch.Generator().manual_seed(3)
+    y, hidden = torch.randn(4, 10, generator=generator), torch.randn(4, MAX_RANK, generator=generator)
+    b = torch.randn(SLOTS, 1, 10, MAX_RANK, generator=generator)
+    expected = y.clone()
+    for row in (0, 2, 3):
+        expected[row] += b[slots[row], 0] @ hidden[row]
+    wrapper("ours", slots).add_lora_embedding(y, hidden, b, add_input=True)
+    torch.testing.assert_close(y, expected)
+
+
+def test_the_output_layer_maps_requests_and_the_prompt_rows_of_one_request() -> None:
+    a, b = weights(torch.float32, (VOCABULARY,))
+    requests = [2, -1, 0]
+    ours = wrapper("ours", [2, 2, -1, 0], requests)
+    y, x = inputs(3, torch.float32, VOCABULARY)
+    expected = slow(y, x, a, b, 1.0, requests)
+    ours.add_lora_logits(y, x, a[0], b[0], 1.0)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    # Three prompt positions of request 0, as many as there are requests: the count alone would not show the mistake.
+    for request, slot in enumerate(requests):
+        y, x = inputs(3, torch.float32, VOCABULARY)
+        expected = slow(y, x, a, b, 1.0, [slot] * 3)
+        with ours.prompt_rows_of(request):
+            ours.add_lora_logits(y, x, a[0], b[0], 1.0)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="7 sampler rows, the step has 3"):
+        ours.add_lora_logits(*inputs(7, torch.float32, VOCABULARY), a[0], b[0], 1.0)
+
+
+def test_a_new_step_forgets_the_groups_of_the_old_one() -> None:
+    from vllm.lora.layers import LoRAMapping
+
+    (y, x), (a, b) = inputs(2, torch.float32), weights(torch.float32)
+    ours = wrapper("ours", [0, 1])
+    ours.add_lora_linear(y.clone(), x, a, b, 1.0, SLICES)
+    ours.update_metadata(LoRAMapping((4, 0), (4, 0), is_prefill=True), list(range(1, SLOTS + 1)), SLOTS, 64)
+    expected = slow(y, x, a, b, 1.0, [3, -1])
+    ours.add_lora_linear(y, x, a, b, 1.0, SLICES)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_install_can_be_repeated_and_is_what_vllm_will_use() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from credence.serve.vllm_plugin import cpu_lora
+
+    cpu_lora.install()
+    methods = (GPUModelRunner._sample, GPUModelRunner._bookkeeping_sync, GPUModelRunner._get_prompt_logprobs_dict)
+    cpu_lora.install()
+    assert methods == (
+        GPUModelRunner._sample,
+        GPUModelRunner._bookkeeping_sync,
+        GPUModelRunner._get_prompt_logprobs_dict,
+    )
+    assert resolve_obj_by_qualname(CpuPlatform.get_punica_wrapper()) is cpu_lora.GroupedPunicaWrapper
+
+
+@pytest.fixture(scope="module")
+def adapters(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Path]]:
+    """As many plain LoRA folders as there are slots, with the requests that name them."""
+    from vllm.lora.request import LoRARequest
+
+    made = []
+    for index in range(MAX_LORAS):
+        folder = tmp_path_factory.mktemp("plain") / f"sample{index}"
+        write_sample(folder, engine.artifact, seed=50, index=index, tau=1.0)
+        made.append((LoRARequest(f"plain{index}", 100 + index, str(folder)), folder))
+    return made
+
+
+def fill_all_slots(engine: Engine, adapters: list[tuple[Any, Path]], seed: int) -> None:
+    from vllm import SamplingParams
+
+    requests = [request for request, _ in adapters]
+    generate(engine, [prompt(4, seed + n) for n in range(MAX_LORAS)], SamplingParams(max_tokens=3), requests)
+
+
+@pytest.mark.engine
+def test_base_rows_are_the_base_model_although_every_slot_is_full(
+    engine: Engine, adapters: list[tuple[Any, Path]]
+) -> None:
+    from vllm import SamplingParams
+
+    fill_all_slots(engine, adapters, seed=1000)
+    sampling = SamplingParams(max_tokens=6, temperature=0, logprobs=VOCABULARY, ignore_eos=True)
+    prompts = [prompt(9, 1100), prompt(9, 1101), prompt(9, 1102)]
+    # All three fit into one step, so that base and adapter rows are mixed in prompts and in decoding.
+    assert sum(map(len, prompts)) <= CHUNK
+    outputs = generate(engine, prompts, sampling, [None, adapters[0][0], None])
+    for number, folder in ((0, None), (1, adapters[0][1]), (2, None)):
+        completion = outputs[number].outputs[0]
+        expected = Reference(engine.model_path, folder).log_probs(prompts[number] + list(completion.token_ids))
+        torch.testing.assert_close(
+            logprob_matrix(completion), expected[len(prompts[number]) - 1 : -1], rtol=0, atol=1e-4
+        )
+
+
+@pytest.mark.engine
+def test_prompt_logprobs_of_several_adapters_at_once(engine: Engine, adapters: list[tuple[Any, Path]]) -> None:
+    from vllm import SamplingParams
+
+    fill_all_slots(engine, adapters, seed=2000)
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    prompts = [prompt(7, 2100), prompt(11, 2101), prompt(5, 2102), prompt(CHUNK + 20, 2103)]
+    users = [adapters[2], adapters[0], None, adapters[1]]
+    outputs = generate(engine, prompts, sampling, [None if user is None else user[0] for user in users])
+    for tokens, user, output in zip(prompts, users, outputs, strict=True):
+        expected = Reference(engine.model_path, None if user is None else user[1]).log_probs(tokens)
+        found = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)]
+        wanted = [expected[t, token].item() for t, token in enumerate(tokens[1:])]
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.engine
+def test_a_seeded_request_gives_the_same_tokens_with_and_without_chunked_prefill(engine: Engine) -> None:
+    """Without the repair the first chunk of the long prompt ends the engine (CPU Generator does not use offset)."""
+    from vllm import SamplingParams
+
+    with pytest.raises(RuntimeError, match="offset"):
+        torch.Generator().get_offset()
+    tokens, neighbour = prompt(CHUNK - 4, 3000), prompt(20, 3001)
+    sampling = SamplingParams(max_tokens=8, temperature=2.0, seed=4, ignore_eos=True)
+    greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+    def texts(prompts: list[list[int]], rules: list[Any]) -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in generate(engine, prompts, rules)]
+
+    [whole] = texts([tokens], [sampling])
+    # The neighbour takes most of the first step, so the same prompt now comes in two chunks.
+    _, chunked = texts([neighbour, tokens], [greedy, sampling])
+    assert chunked == whole
+    # Two seeded prompts, each longer than a step.
+    pair = [prompt(CHUNK + 30, 3002), prompt(2 * CHUNK + 1, 3003)]
+    together = texts(pair, [sampling, sampling])
+    assert together == [*texts(pair[:1], [sampling]), *texts(pair[1:], [sampling])]
+    assert texts(pair[:1], [SamplingParams(max_tokens=8, temperature=2.0, seed=5, ignore_eos=True)]) != together[:1]

@@ -1,0 +1,114 @@
+"""Training checkpoints: where they lie, whether they belong to this run, and the adapter's part of them.
+
+They lie beside the output, in ``.<output name>.checkpoints``, until the artifact is written; the output itself appears in one step.
+``run.json`` says what the run is; a checkpoint is never continued under another configuration, data, method or seed.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from credence.training.errors import CheckpointError
+
+RUN_FILE = "run.json"
+ADAPTER_FILE = "credence_adapter.safetensors"
+TRAINER_STATE = "trainer_state.json"
+
+
+def checkpoint_folder(output: Path) -> Path:
+    """Folder of the checkpoints of the run that writes ``output``."""
+    return output.parent / f".{output.name}.checkpoints"
+
+
+def prepare_folder(output: Path, run: Mapping[str, Any], *, resume: bool) -> Path | None:
+    """Makes the checkpoint folder ready and returns the checkpoint to continue from, or None to start from the beginning.
+
+    Args:
+        run: JSON description of the run; must equal that of the checkpoints found.
+
+    Raises:
+        CheckpointError: the output exists, or there are checkpoints and they were not asked for or are another run's.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists; choose another --output or remove it first")
+    folder = checkpoint_folder(output)
+    found = latest_checkpoint(folder)
+    if found is not None and not resume:
+        raise CheckpointError(
+            f"{folder} holds checkpoints of an unfinished run (the last one: {found.name}); continue it with --resume, or delete "
+            "the folder to start again"
+        )
+    if found is not None:
+        _check_same_run(folder / RUN_FILE, run)
+        return found
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / RUN_FILE).write_text(json.dumps(run, indent=2, sort_keys=True) + "\n")
+    return None
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in ``folder``. One whose writing was interrupted is passed over."""
+    complete = {}
+    for path in folder.glob("checkpoint-*"):
+        try:
+            # The trainer writes its state last.
+            state = json.loads((path / TRAINER_STATE).read_text())
+        except (OSError, ValueError):
+            continue
+        complete[int(state["global_step"])] = path
+    return complete[max(complete)] if complete else None
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Saves every trainable parameter, bit for bit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(tensors, folder / ADAPTER_FILE)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Loads what :func:`save_adapter` saved.
+
+    Raises:
+        CheckpointError: the parameters are not the model's.
+    """
+    tensors = load_file(folder / ADAPTER_FILE)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(parameters) != set(tensors) or any(parameters[n].shape != t.shape for n, t in tensors.items()):
+        raise CheckpointError(
+            f"{folder} does not hold this model's adapter parameters; delete {folder.parent} to start again"
+        )
+    for name, tensor in tensors.items():
+        parameters[name].data.copy_(tensor)
+
+
+def _check_same_run(path: Path, run: Mapping[str, Any]) -> None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path} cannot be read; delete {path.parent} to start again") from None
+    expected = json.loads(json.dumps(run))
+    if found == expected:
+        return
+    before, now = _flat(found), _flat(expected)
+    key = min(key for key in {*before, *now} if before.get(key) != now.get(key))
+    raise CheckpointError(
+        f"the checkpoints in {path.parent} are of another run: {key} was {before.get(key)!r} and is now {now.get(key)!r}; "
+        "resume with the same settings, or delete the folder to start again"
+    )
+
+
+def _flat(document: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(document, dict):
+        return {prefix: document}
+    return {
+        key: value
+        for name, inner in document.items()
+        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -1,0 +1,286 @@
+"""Trains an adapter and writes its artifact."""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from credence.adapters.artifact import write_artifact
+from credence.adapters.config import BaseModelRef, Calibration, PosteriorConfig
+from credence.training.card import model_card
+from credence.training.checkpoint import checkpoint_folder, prepare_folder
+from credence.training.config import Section, TrainConfig
+from credence.training.data import DataFile, DataFormat, read_data
+from credence.training.errors import ConfigError, DataError, TrainingError
+from credence.training.methods import Method, method_class, method_settings
+from credence.training.modeling import (
+    add_lora,
+    base_reference,
+    context_length,
+    get_factors,
+    load_base,
+    load_tokenizer,
+)
+from credence.training.predict import Predictor
+from credence.training.prompts import Encoder, Example, LabelSpace, collate, label_space
+from credence.training.release import ReleaseResult, fit, held_out_rows, precision_check
+from credence.training.session import pad_token
+from credence.training.trainer import BayesianTrainer, ProgressReport, logged_losses
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a run produced.
+
+    Attributes:
+        digest, path: of the artifact.
+        seconds: wall-clock time of the training steps of this call, without loading and release.
+        metrics: what metrics.json holds.
+    """
+
+    digest: str
+    path: Path
+    seconds: float
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    train: DataFile
+    examples: list[Example]
+    validation: DataFile | None
+    held_out: list[Example]
+    space: LabelSpace | None
+
+
+def train(
+    base: str | Path,
+    data: str | Path,
+    validation: str | Path | None,
+    method: str,
+    output: str | Path,
+    config: TrainConfig | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = False,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult:
+    """Trains one adapter and writes it, released if there is validation data, as an artifact at ``output``.
+
+    The same arguments give the same artifact, byte for byte, on the same machine and versions, also when the run is interrupted
+    after a checkpoint and resumed. Until the artifact is complete nothing appears at ``output``; checkpoints lie beside it.
+
+    Args:
+        base: folder or hub id of the base model.
+        validation: held-out rows for tau and calibration; None leaves the artifact unreleased.
+        method: ``map``, ``monteclora`` or ``ivon``.
+        resume: continue from the last checkpoint, if there is one.
+        progress: progress bar on standard error; plain lines otherwise.
+        callbacks: more callbacks of transformers' Trainer.
+
+    Raises:
+        TrainingError: with the reason (ConfigError, DataError, ModelError, CheckpointError).
+    """
+    config = config or TrainConfig()
+    output = Path(output)
+    if seed < 0:
+        raise ConfigError(f"the seed is {seed}; 0 or more is allowed", key="seed")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            "training runs in one process on one device; start it without torchrun or accelerate launch"
+        )
+    chosen = method_class(method)
+    settings = method_settings(method, config.method)
+    tokenizer = load_tokenizer(base)
+    set_seed(seed)
+    model = load_base(base, config.train.dtype)
+    reference = base_reference(base, model)
+    loaded = _load_data(tokenizer, data, validation, config, context_length(model))
+    run = {
+        "base_model": reference.model_dump(),
+        "method": method,
+        "seed": seed,
+        "config": {**config.model_dump(mode="json"), "method": settings.model_dump(mode="json")},
+        "data": _file_record(loaded.train),
+        "validation": _file_record(loaded.validation) if loaded.validation else None,
+    }
+    checkpoint = prepare_folder(output, run, resume=resume)
+    peft_model, sites = add_lora(model, config.lora)
+    trained: Method = chosen(settings, sites)
+    trainer, seconds = _optimise(
+        peft_model, trained, chosen, loaded, config, seed, output, checkpoint, pad_token(tokenizer), progress, callbacks
+    )
+    mean, posteriors = get_factors(sites), trained.posteriors()
+    released: ReleaseResult | None = None
+    if loaded.held_out:
+        predictor = Predictor(peft_model, sites, pad_token(tokenizer))
+        tau, calibration = fit(predictor, loaded.held_out, mean, posteriors, config.release, say=_say)
+        precision = precision_check(mean, posteriors, scaling=config.lora.alpha / config.lora.r, tau=tau)
+        released = ReleaseResult(tau=tau, calibration=calibration, precision=precision, rows=len(loaded.held_out))
+    metrics: dict[str, Any] = {
+        "train": {"steps": trainer.state.global_step, "curve": logged_losses(trainer.state.log_history)},
+        **({"release": released.metrics()} if released else {}),
+    }
+    artifact_config = PosteriorConfig(
+        kind=chosen.kind,  # type: ignore[arg-type]
+        method=method,
+        credence_version=version("credence"),
+        base_model=reference,
+        rank=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        target_modules=tuple(sorted({name.rpartition(".")[2] for name in mean})),
+        settings=trained.posterior_settings(),
+        tau=released.tau if released else {},
+        training=_training_record(run, loaded, settings),
+    )
+    calibration = released.calibration if released else Calibration()
+    digest = write_artifact(
+        output,
+        adapter_config=_adapter_config(peft_model, reference),
+        mean=mean,
+        posteriors=posteriors,
+        config=artifact_config,
+        calibration=calibration if released else None,
+        metrics=metrics,
+        card=model_card(artifact_config, calibration, metrics),
+        replace=True,  # an empty folder may be there; prepare_folder refused anything else
+    )
+    shutil.rmtree(checkpoint_folder(output), ignore_errors=True)
+    return TrainResult(digest=digest, path=output, seconds=seconds, metrics=metrics)
+
+
+def _load_data(
+    tokenizer: Any, data: str | Path, validation: str | Path | None, config: TrainConfig, context: int
+) -> _Data:
+    max_length = config.train.max_length or context
+    if max_length > context:
+        raise ConfigError(
+            f"train.max_length is {max_length}; the base model takes {context} tokens", key="train.max_length"
+        )
+    train_file = read_data(data)
+    space = None
+    if train_file.format is DataFormat.LABEL:
+        if len(train_file.labels) < 2:
+            raise DataError(
+                f"has one label only ({train_file.labels[0]!r}); two or more are needed", file=train_file.path
+            )
+        space = label_space(tokenizer, train_file.labels, config.data.template)
+    encoder = Encoder(tokenizer, train_file.format, space=space, max_length=max_length)
+    examples = encoder.encode(train_file)
+    validation_file, held_out = None, []
+    if validation is not None:
+        validation_file = read_data(validation, expected=train_file.format)
+        held_out = encoder.encode(validation_file, rows=held_out_rows(validation_file, config.release.max_rows))
+    return _Data(train=train_file, examples=examples, validation=validation_file, held_out=held_out, space=space)
+
+
+def _optimise(
+    model: Any,
+    method: Method,
+    chosen: type[Method],
+    data: _Data,
+    config: TrainConfig,
+    seed: int,
+    output: Path,
+    checkpoint: Path | None,
+    pad: int,
+    progress: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> tuple[BayesianTrainer, float]:
+    options, defaults = config.train, chosen.defaults
+    max_grad_norm = defaults.max_grad_norm if options.max_grad_norm is None else options.max_grad_norm
+    if defaults.max_grad_norm == 0 and max_grad_norm > 0:
+        raise ConfigError(
+            f"train.max_grad_norm is {max_grad_norm:g}; {chosen.name} takes 0 only: it clips its own update (method.clip_radius)",
+            key="train.max_grad_norm",
+        )
+    learning_rate = defaults.learning_rate if options.learning_rate is None else options.learning_rate
+    args = TrainingArguments(
+        output_dir=str(checkpoint_folder(output)),
+        max_steps=options.max_steps or -1,
+        num_train_epochs=options.epochs if options.epochs is not None else 3.0,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=learning_rate,
+        lr_scheduler_type=options.lr_scheduler,
+        warmup_steps=options.warmup_ratio,
+        max_grad_norm=max_grad_norm,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 1,
+        save_total_limit=KEPT_CHECKPOINTS,
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several devices would be wrapped in DataParallel, which copies the sites
+    report = ProgressReport(bar=progress)
+    trainer = BayesianTrainer(
+        method=method,
+        noise_seed=seed,
+        learning_rate=learning_rate,
+        weight_decay=defaults.weight_decay if options.weight_decay is None else options.weight_decay,
+        model=model,
+        args=args,
+        train_dataset=data.examples,
+        data_collator=lambda rows: collate(rows, pad),
+        callbacks=[report, *callbacks],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        report.close()
+    return trainer, time.perf_counter() - started
+
+
+def _training_record(run: dict[str, Any], data: _Data, settings: Section) -> dict[str, Any]:
+    return {
+        "format": str(data.train.format),
+        **(data.space.record() if data.space else {}),
+        "seed": run["seed"],
+        "config": run["config"],
+        "data": run["data"],
+        "validation": {**run["validation"], "rows": len(data.held_out)} if run["validation"] else None,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def _file_record(data: DataFile) -> dict[str, Any]:
+    return {"file": data.path.name, "sha256": data.sha256, "rows": len(data.rows)}
+
+
+def _adapter_config(peft_model: Any, reference: BaseModelRef) -> dict[str, Any]:
+    """PEFT's LoraConfig as JSON; it names the base model as the artifact does (never a path of this machine)."""
+    document: dict[str, Any] = {}
+    for key, value in peft_model.peft_config["default"].to_dict().items():
+        if isinstance(value, set):
+            value = sorted(value)
+        document[key] = value.value if isinstance(value, Enum) else value
+    document.update(base_model_name_or_path=reference.name, revision=reference.revision, inference_mode=True)
+    return document
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,209 @@
+"""The posterior predictive in transformers + PEFT: averages of K samples' probabilities, and the scores of each position.
+
+Shape suffixes: P positions (one per label or choice row, one per target token of free text), C candidates (the answer tokens of the
+row, padded with probability zero; the whole vocabulary for free text), K samples.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from credence.adapters.posterior import LoraFactors
+from credence.training.modeling import LoraSite, logits_at, set_factors
+from credence.training.prompts import IGNORED, Example, collate
+
+Factors = Mapping[str, LoraFactors]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """The average over the first K samples, for one batch of rows.
+
+    Attributes:
+        k: number of samples averaged.
+        row: [P], index of the row (in the list of examples given) of each position.
+        target: [P], index of the right candidate, -100 where the row is unlabelled.
+        log_mean_PC: log of the averaged probabilities, float64.
+        expected_entropy: [P], mean over the samples of their entropy, nats.
+    """
+
+    k: int
+    row: Tensor
+    target: Tensor
+    log_mean_PC: Tensor
+    expected_entropy: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Scores of positions at one temperature; 1-D float64 tensors of equal length (``row`` int64, ``correct`` bool).
+
+    Attributes:
+        log_prob: log-probability of the right candidate, nats; NaN where the row is unlabelled.
+        correct: whether the most likely candidate is the right one.
+        confidence: probability of the most likely candidate.
+        brier: sum over the candidates of (p - y)^2; NaN where unlabelled.
+        total: entropy of the (tempered) average, nats. epistemic: mutual information at temperature 1, nats.
+    """
+
+    row: Tensor
+    log_prob: Tensor
+    correct: Tensor
+    confidence: Tensor
+    brier: Tensor
+    total: Tensor
+    epistemic: Tensor
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Joins the scores of several batches."""
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__})
+
+    def by_row(self, name: str) -> Tensor:
+        """Mean of one score over each row's positions, [rows]."""
+        rows = int(self.row.max()) + 1
+        sums = torch.zeros(rows, dtype=torch.float64).index_add_(0, self.row, getattr(self, name))
+        return sums / torch.bincount(self.row, minlength=rows)
+
+
+class Predictor:
+    """Runs rows through the model under given LoRA factors.
+
+    Args:
+        sites: the model's LoRA modules; their factors are overwritten.
+        batch_size: rows per forward pass; rows of similar length go together.
+    """
+
+    def __init__(self, model: Any, sites: list[LoraSite], pad_token: int, batch_size: int = 64) -> None:
+        self.model = model
+        self.sites = sites
+        self.pad_token = pad_token
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def predict(self, examples: Sequence[Example], draws: Sequence[Factors], ks: Sequence[int]) -> Iterator[Prediction]:
+        """Yields, for every batch and every K in ``ks``, the average over the first K of ``draws``.
+
+        One pass over the largest K serves them all, because sample s is the same for every K.
+        """
+        if not ks or min(ks) < 1 or max(ks) > len(draws):
+            raise ValueError(f"ks must be within 1 and the {len(draws)} draws, got {list(ks)}")
+        self.model.eval()
+        wanted = set(ks)
+        for rows in self._batches(examples):
+            batch = _Batch.build([examples[row] for row in rows], rows, self.pad_token, self.model.device)
+            log_sum: Tensor | None = None
+            entropy_sum = torch.zeros((), dtype=torch.float64)
+            for index, factors in enumerate(draws[: max(ks)]):
+                set_factors(self.sites, factors)
+                log_probs = batch.log_probs(self.model)
+                log_sum = log_probs if log_sum is None else torch.logaddexp(log_sum, log_probs)
+                entropy_sum = entropy_sum + _entropy(log_probs)
+                if index + 1 in wanted:
+                    yield Prediction(
+                        k=index + 1,
+                        row=batch.row,
+                        target=batch.target,
+                        log_mean_PC=log_sum - math.log(index + 1),
+                        expected_entropy=entropy_sum / (index + 1),
+                    )
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[list[int]]:
+        order = sorted(range(len(examples)), key=lambda row: len(examples[row].prompt) + len(examples[row].target))
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+
+def temper(log_probs_PC: Tensor, temperature: float) -> Tensor:
+    """Log of p^(1/T) / sum p^(1/T), [P, C]: the temperature acts on the averaged probabilities."""
+    if temperature == 1:
+        return log_probs_PC
+    return torch.log_softmax(log_probs_PC / temperature, dim=-1)
+
+
+def log_likelihood(prediction: Prediction, temperature: float = 1.0) -> Tensor:
+    """Log-probability of the right candidate, [P], nats."""
+    tempered = temper(prediction.log_mean_PC, temperature)
+    return tempered.gather(1, prediction.target[:, None]).squeeze(1)
+
+
+def score(prediction: Prediction, temperature: float = 1.0) -> Scores:
+    """Scores every position of a prediction at one temperature."""
+    tempered = temper(prediction.log_mean_PC, temperature)
+    probs = tempered.exp()
+    confidence, choice = probs.max(-1)
+    known = prediction.target != IGNORED
+    right = probs.gather(1, prediction.target.clamp_min(0)[:, None]).squeeze(1)
+    log_right = tempered.gather(1, prediction.target.clamp_min(0)[:, None]).squeeze(1)
+    nan = torch.full_like(log_right, float("nan"))
+    epistemic = _entropy(prediction.log_mean_PC) - prediction.expected_entropy
+    return Scores(
+        row=prediction.row,
+        log_prob=torch.where(known, log_right, nan),
+        correct=(choice == prediction.target) & known,
+        confidence=confidence,
+        brier=torch.where(known, probs.square().sum(-1) - 2 * right + 1, nan),
+        total=_entropy(tempered),
+        epistemic=epistemic.clamp(0.0, math.log(prediction.k)) if prediction.k > 1 else torch.zeros_like(epistemic),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Padded rows and where their predictions are read."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    row_in_batch: Tensor
+    slot: Tensor
+    candidates: Tensor | None
+    row: Tensor
+    target: Tensor
+
+    @classmethod
+    def build(cls, examples: Sequence[Example], rows: Sequence[int], pad_token: int, device: torch.device) -> "_Batch":
+        choice = bool(examples[0].candidates)
+        padded = collate(examples, pad_token)
+        # (row in batch, sequence position, target) of every prediction
+        reads: list[tuple[int, int, int]] = []
+        for index, example in enumerate(examples):
+            last = len(example.prompt) - 1
+            if choice:
+                reads.append((index, last, IGNORED if example.answer is None else example.answer))
+            else:
+                reads.extend((index, last + offset, token) for offset, token in enumerate(example.target))
+        row_in_batch, sequence, target = torch.tensor(reads, dtype=torch.int64).unbind(1)
+        positions, slot = torch.unique(sequence, return_inverse=True)
+        candidates = None
+        if choice:
+            width = max(len(example.candidates) for example in examples)
+            candidates = torch.tensor([(*e.candidates, *[-1] * (width - len(e.candidates))) for e in examples])
+        return cls(
+            input_ids=padded["input_ids"].to(device),
+            attention_mask=padded["attention_mask"].to(device),
+            positions=positions.to(device),
+            row_in_batch=row_in_batch,
+            slot=slot,
+            candidates=candidates,
+            row=torch.tensor(rows)[row_in_batch],
+            target=target,
+        )
+
+    def log_probs(self, model: Any) -> Tensor:
+        """Normalised log-probabilities of the candidates, [P, C] float64 on the CPU."""
+        logits = logits_at(model, self.input_ids, self.attention_mask, self.positions)
+        picked: Tensor = logits[self.row_in_batch.to(logits.device), self.slot.to(logits.device)].float().cpu().double()
+        if self.candidates is not None:
+            missing = self.candidates < 0
+            picked = picked.gather(1, self.candidates.clamp_min(0)).masked_fill(missing, float("-inf"))
+        return torch.log_softmax(picked, dim=-1)
+
+
+def _entropy(log_probs_PC: Tensor) -> Tensor:
+    entropy: Tensor = torch.special.entr(log_probs_PC.exp()).sum(-1)
+    return entropy

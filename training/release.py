@@ -1,0 +1,288 @@
+"""Release: fits tau, then the temperature, on held-out data for every number of samples K, and checks the noise's size.
+
+tau scales the posterior's variance; it is chosen by the held-out negative log-likelihood of the K-sample average at temperature 1,
+over a coarse log grid that includes 0, refined by half a grid step beside each K's best. T is a temperature on the averaged
+probabilities, chosen after tau. The samples of K are the indices 0, ..., K-1 of seed 0, so one pass over the largest K serves all.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from credence.adapters.artifact import Artifact, load_artifact, write_artifact
+from credence.adapters.config import Calibration, CurvePoint, Fit
+from credence.adapters.posterior import LoraFactors, Posterior, draw
+from credence.adapters.precision import PrecisionReport, measure_precision
+from credence.adapters.sampling import NoiseSource
+from credence.training.card import model_card
+from credence.training.config import ReleaseSettings
+from credence.training.data import DataFile, Row, read_data
+from credence.training.errors import DataError
+from credence.training.predict import Factors, Predictor, log_likelihood
+from credence.training.prompts import Example
+from credence.training.session import open_session
+
+logger = logging.getLogger(__name__)
+
+SERVING_DTYPE = "bfloat16"
+PRECISION_DRAWS = 4
+
+TEMPERATURES: tuple[float, ...] = tuple(float(2 ** (i / 12)) for i in range(-24, 37))
+"""Grid of temperatures, 0.25 to 8 in steps of 6 %: the likelihood's loss from rounding T to it is below 1e-3 nats."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseResult:
+    """What was fitted.
+
+    Attributes:
+        tau: by K (empty for kind ``point``).
+        rows: held-out rows used.
+        digest, path: of the artifact it was written to; empty while a training run has not written one.
+    """
+
+    tau: dict[int, Fit]
+    calibration: Calibration
+    precision: PrecisionReport
+    rows: int
+    digest: str = ""
+    path: Path | None = None
+
+    def metrics(self) -> dict[str, Any]:
+        """The release's part of metrics.json."""
+        return {
+            "rows": self.rows,
+            "tau": {str(k): fit.value for k, fit in self.tau.items()},
+            "temperature": {str(k): fit.value for k, fit in self.calibration.temperature.items()},
+            "nll": {str(k): fit.nll for k, fit in self.calibration.temperature.items()},
+            "precision": precision_record(self.precision),
+        }
+
+
+@dataclass(slots=True)
+class _Curves:
+    """Mean held-out NLL by tau, K and temperature."""
+
+    nll: dict[tuple[float, int], list[float]] = field(default_factory=dict)
+
+    def at(self, tau: float, k: int, temperature: float = 1.0) -> float:
+        return self.nll[tau, k][TEMPERATURES.index(temperature)]
+
+    def taus(self, k: int) -> list[float]:
+        return sorted(tau for tau, other in self.nll if other == k)
+
+    def tau_fit(self, k: int) -> Fit:
+        best = min(self.taus(k), key=lambda tau: self.at(tau, k))
+        curve = tuple(CurvePoint(value=tau, nll=self.at(tau, k)) for tau in self.taus(k))
+        return Fit(value=best, nll=self.at(best, k), curve=curve)
+
+    def temperature_fit(self, tau: float, k: int) -> Fit:
+        values = self.nll[tau, k]
+        best = min(range(len(values)), key=lambda index: values[index])
+        curve = tuple(CurvePoint(value=t, nll=v) for t, v in zip(TEMPERATURES, values, strict=True))
+        return Fit(value=TEMPERATURES[best], nll=values[best], curve=curve)
+
+
+def fit(
+    predictor: Predictor,
+    examples: Sequence[Example],
+    mean: Mapping[str, LoraFactors],
+    posteriors: Mapping[str, Posterior],
+    settings: ReleaseSettings,
+    *,
+    seed: int = 0,
+    say: Say = logger.info,
+) -> tuple[dict[int, Fit], Calibration]:
+    """Fits tau and T for K = 0 and every K in ``settings.ks``.
+
+    Returns:
+        tau by K (empty where the posterior is a point) and the calibration.
+    """
+    ks = settings.ks
+    curves = _Curves()
+    curves.nll[0.0, 0] = _nll_by_temperature(predictor, examples, [mean], [1])[1]
+    for k in ks:
+        curves.nll[0.0, k] = curves.nll[0.0, 0]
+    temperature = {0: curves.temperature_fit(0.0, 0)}
+    say(f"mean: held-out NLL {curves.at(0.0, 0):.4f}, with T = {temperature[0].value:.2f} {temperature[0].nll:.4f}")
+    if all(posterior.kind == "point" for posterior in posteriors.values()):
+        return {}, Calibration(temperature={0: temperature[0], **dict.fromkeys(ks, temperature[0])})
+
+    def evaluate_tau(tau: float) -> None:
+        if (tau, ks[0]) in curves.nll:
+            return
+        draws: list[Factors] = [
+            {
+                name: draw(posteriors[name], factors, NoiseSource(seed, index), name, tau)
+                for name, factors in mean.items()
+            }
+            for index in range(max(ks))
+        ]
+        for k, values in _nll_by_temperature(predictor, examples, draws, ks).items():
+            curves.nll[tau, k] = values
+        say(f"tau {tau:g}: held-out NLL " + ", ".join(f"{curves.at(tau, k):.4f} (K = {k})" for k in ks))
+
+    worse = 0
+    for tau in settings.taus:
+        evaluate_tau(tau)
+        # Noise only destroys from here on: stop after two values that no K gains from.
+        worse = worse + 1 if all(curves.at(tau, k) > curves.tau_fit(k).nll for k in ks) else 0
+        if worse == 2:
+            break
+    for k in ks:
+        for tau in _beside(settings.taus, curves.tau_fit(k).value):
+            evaluate_tau(tau)
+    tau_fits = {k: curves.tau_fit(k) for k in ks}
+    for k in ks:
+        temperature[k] = curves.temperature_fit(tau_fits[k].value, k)
+        say(f"K = {k}: tau {tau_fits[k].value:g}, T {temperature[k].value:.2f}, held-out NLL {temperature[k].nll:.4f}")
+    return tau_fits, Calibration(temperature=temperature)
+
+
+def release(
+    path: str | Path,
+    base: str | Path,
+    validation: str | Path,
+    settings: ReleaseSettings | None = None,
+    *,
+    dtype: str | None = None,
+    batch_size: int = 64,
+    say: Say = logger.info,
+) -> ReleaseResult:
+    """Fits tau and calibration of an existing artifact on held-out rows and writes them into it, as one step.
+
+    Args:
+        path: artifact folder; replaced by the released artifact (a new digest), or left as it was on any failure.
+        dtype: of the base model; None takes the one it was trained with.
+        say: receives one line per step of progress.
+
+    Raises:
+        DataError, ModelError, ArtifactError: with the reason.
+    """
+    settings = settings or ReleaseSettings()
+    artifact = load_artifact(path)
+    with open_session(artifact, base, dtype=dtype, batch_size=batch_size) as session:
+        data = read_data(validation, expected=session.format)
+        examples = session.encoder.encode(data, rows=held_out_rows(data, settings.max_rows))
+        tau, calibration = fit(
+            session.predictor,
+            examples,
+            artifact.mean,
+            artifact.posteriors,
+            settings,
+            seed=artifact.config.default_seed,
+            say=say,
+        )
+    precision = precision_check(
+        artifact.mean,
+        artifact.posteriors,
+        scaling=artifact.config.lora_alpha / artifact.config.rank,
+        tau=tau,
+        seed=artifact.config.default_seed,
+    )
+    result = ReleaseResult(tau=tau, calibration=calibration, precision=precision, rows=len(examples))
+    digest = _rewrite(artifact, path, result, data)
+    return ReleaseResult(
+        tau=tau, calibration=calibration, precision=precision, rows=len(examples), digest=digest, path=Path(path)
+    )
+
+
+def held_out_rows(data: DataFile, limit: int) -> list[Row]:
+    """At most ``limit`` rows, evenly spaced over the file (a file sorted by label stays balanced)."""
+    count = len(data.rows)
+    if count < 8:
+        raise DataError(f"holds {count} rows; fitting tau and a temperature needs at least 8", file=data.path)
+    take = min(limit, count)
+    return [data.rows[(2 * i + 1) * count // (2 * take)] for i in range(take)]
+
+
+def precision_check(
+    mean: Mapping[str, LoraFactors],
+    posteriors: Mapping[str, Posterior],
+    *,
+    scaling: float,
+    tau: Mapping[int, Fit],
+    seed: int = 0,
+) -> PrecisionReport:
+    """Measures the noise at the smallest fitted tau above 0 against the serving dtypes, and warns where bfloat16 does not hold it."""
+    fitted = [fit.value for fit in tau.values() if fit.value > 0]
+    report = measure_precision(
+        mean, posteriors, scaling=scaling, tau=min(fitted, default=1.0), seed=seed, num_draws=PRECISION_DRAWS
+    )
+    small = report.below_one_ulp(SERVING_DTYPE)
+    if small:
+        logger.warning(
+            "the noise of %d of %d modules is below one ulp of %s at tau %g (e.g. %s): samples served in that dtype differ "
+            "from the mean by rounding only",
+            len(small),
+            len(report.modules),
+            SERVING_DTYPE,
+            report.tau,
+            small[0],
+        )
+    return report
+
+
+def precision_record(report: PrecisionReport) -> dict[str, Any]:
+    """The precision check's part of metrics.json: medians over the modules, and the names that bfloat16 does not hold."""
+    dtypes = sorted(report.modules[0].sd_over_ulp) if report.modules else []
+    relative = [entry.sd_over_rms for entry in report.modules if entry.sd_over_rms is not None]
+    return {
+        "tau": report.tau,
+        "sd_over_ulp": {dtype: report.median_sd_over_ulp(dtype) for dtype in dtypes},
+        "sd_over_rms": median(relative) if relative else None,
+        f"below_one_ulp_{SERVING_DTYPE}": list(report.below_one_ulp(SERVING_DTYPE)),
+    }
+
+
+def _rewrite(artifact: Artifact, path: str | Path, result: ReleaseResult, data: DataFile) -> str:
+    training = {
+        **artifact.config.training,
+        "validation": {"file": data.path.name, "sha256": data.sha256, "rows": result.rows},
+    }
+    config = artifact.config.model_copy(update={"tau": result.tau, "training": training})
+    metrics = {**artifact.metrics, "release": result.metrics()}
+    return write_artifact(
+        path,
+        adapter_config=artifact.adapter_config,
+        mean=artifact.mean,
+        posteriors=artifact.posteriors,
+        config=config,
+        calibration=result.calibration,
+        metrics=metrics,
+        card=model_card(config, result.calibration, metrics),
+        replace=True,
+    )
+
+
+def _nll_by_temperature(
+    predictor: Predictor, examples: Sequence[Example], draws: Sequence[Factors], ks: Sequence[int]
+) -> dict[int, list[float]]:
+    sums = {k: torch.zeros(len(TEMPERATURES), dtype=torch.float64) for k in ks}
+    counts = dict.fromkeys(ks, 0)
+    for prediction in predictor.predict(examples, draws, ks):
+        counts[prediction.k] += len(prediction.row)
+        sums[prediction.k] += torch.stack([-log_likelihood(prediction, t).sum() for t in TEMPERATURES])
+    return {k: (sums[k] / counts[k]).tolist() for k in ks}
+
+
+def _beside(taus: Sequence[float], best: float) -> list[float]:
+    """Geometric midpoints between ``best`` and its neighbours on the grid (below the smallest: half a step down from it)."""
+    if best == 0:
+        return [taus[0] / 10**0.5]
+    if best not in taus:
+        return []
+    index = taus.index(best)
+    below = taus[index - 1] if index > 0 else best / 10
+    above = taus[index + 1] if index + 1 < len(taus) else best * 10
+    return [(below * best) ** 0.5, (best * above) ** 0.5]
+
+
+__all__ = ["ReleaseResult", "fit", "held_out_rows", "precision_check", "release"]

@@ -1,0 +1,69 @@
+"""An artifact put on its base model, ready to predict: what release and evaluation share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from credence.adapters.artifact import Artifact
+from credence.training.config import LoraSettings
+from credence.training.data import DataFormat
+from credence.training.errors import ModelError
+from credence.training.modeling import add_lora, context_length, load_base, load_tokenizer
+from credence.training.predict import Predictor
+from credence.training.prompts import Encoder, LabelSpace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A model with the artifact's LoRA modules, and the encoder of the artifact's data format."""
+
+    format: DataFormat
+    encoder: Encoder
+    predictor: Predictor
+
+
+@contextmanager
+def open_session(
+    artifact: Artifact, base: str | Path, *, dtype: str | None = None, batch_size: int = 64
+) -> Iterator[Session]:
+    """Loads the base model, adds LoRA modules of the artifact's names and rank, and frees the model at the end.
+
+    Args:
+        dtype: of the base model; None takes the one the adapter was trained with (float32 if unknown).
+
+    Raises:
+        ModelError: the base model is not the adapter's, or the artifact does not say what data it was trained on.
+    """
+    training = artifact.config.training
+    try:
+        data_format = DataFormat(training["format"])
+    except (KeyError, ValueError):
+        raise ModelError(
+            f"{artifact.path} does not record the data format it was trained on (posterior.json, training.format: "
+            f"{', '.join(DataFormat)}), so its rows cannot be encoded"
+        ) from None
+    tokenizer = load_tokenizer(base)
+    space = LabelSpace.from_record(training) if data_format is DataFormat.LABEL else None
+    dtype = dtype or training.get("config", {}).get("train", {}).get("dtype", "float32")
+    model = load_base(base, dtype)
+    settings = LoraSettings(
+        r=artifact.config.rank, alpha=int(artifact.config.lora_alpha), target_modules=tuple(sorted(artifact.mean))
+    )
+    encoder = Encoder(tokenizer, data_format, space=space, max_length=context_length(model))
+    model, sites = add_lora(model, settings)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    yield Session(
+        format=data_format, encoder=encoder, predictor=Predictor(model, sites, pad_token(tokenizer), batch_size)
+    )
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Token to pad with; it is masked out, so the end-of-text token or 0 serve where there is no padding token."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0

@@ -1,0 +1,152 @@
+"""transformers' Trainer with a noise draw per optimiser step, our loss, and checkpoints of the adapter only."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from credence.adapters.sampling import NoiseSource
+from credence.training.checkpoint import load_adapter, save_adapter
+from credence.training.errors import TrainingError
+from credence.training.methods.base import Method
+from credence.training.modeling import logits_at
+from credence.training.prompts import IGNORED
+
+
+class BayesianTrainer(Trainer):  # type: ignore[misc]
+    """Trains an adapter with one method.
+
+    The noise of an optimiser step depends on (seed, step) only, is drawn before its first micro-batch and holds for all of them,
+    so accumulation and a resumed run see the same noise.
+
+    Args:
+        method: the training method; it owns the noise, the regulariser and the optimiser.
+    """
+
+    def __init__(
+        self, *, method: Method, noise_seed: int, learning_rate: float, weight_decay: float, **kwargs: Any
+    ) -> None:
+        self.method = method
+        self.noise_seed = noise_seed
+        self._method_options = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+        self._noise_step: int | None = None
+        super().__init__(**kwargs)
+        # compute_loss divides by the number of target tokens of the whole accumulated batch.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The method's own optimiser."""
+        optimizer: torch.optim.Optimizer | None = getattr(self, "optimizer", None)
+        if optimizer is None:
+            optimizer = self.optimizer = self.method.optimizer(**self._method_options)
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Takes the micro-batches of one optimiser step and counts their target tokens."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass of one micro-batch, under the noise of its optimiser step."""
+        step = self.state.global_step
+        if self._noise_step != step:
+            self.method.begin_step(NoiseSource(self.noise_seed, step, "train"))
+            self._noise_step = step
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise TrainingError(
+                f"the loss is {float(loss)} at optimiser step {step + 1}: lower train.learning_rate, or use train.dtype=float32"
+            )
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Share of one micro-batch in NLL per target token + regulariser; the shares of an optimiser step add up to it."""
+        nll_sum, count = target_nll(model, inputs)
+        total = count if num_items_in_batch is None else int(num_items_in_batch)
+        loss = nll_sum / total
+        regulariser = self.method.regulariser()
+        if regulariser is not None:
+            loss = loss + regulariser * (count / total)
+        return (loss, {}) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_adapter(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.model, Path(resume_from_checkpoint))
+
+
+def target_nll(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Sum of the negative log-likelihoods of the target tokens over the full vocabulary (nats), and their number."""
+    labels = inputs["labels"]
+    targets = labels[:, 1:]
+    positions = (targets != IGNORED).any(0).nonzero().squeeze(1)
+    logits = logits_at(model, inputs["input_ids"], inputs["attention_mask"], positions).float()
+    kept = targets[:, positions]
+    loss = F.cross_entropy(logits.flatten(0, 1), kept.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss, int((kept != IGNORED).sum())
+
+
+class ProgressReport(TrainerCallback):  # type: ignore[misc]
+    """A progress bar on standard error, or one plain line per logged step."""
+
+    def __init__(self, *, bar: bool) -> None:
+        self.use_bar = bar
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.started = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock and the bar."""
+        self.started = time.perf_counter()
+        if self.use_bar:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Shows the loss."""
+        if not logs or "loss" not in logs:
+            return
+        if self.bar is not None:
+            self.bar.update(self.task, description=f"loss {float(logs['loss']):.4f}")
+        else:
+            seconds = time.perf_counter() - self.started
+            print(
+                f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
+                f"learning rate {float(logs['learning_rate']):.3g}  {seconds:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the bar, also after an exception."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def logged_losses(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """The training curve from the trainer's log history."""
+    return [{"step": float(entry["step"]), "loss": float(entry["loss"])} for entry in history if "loss" in entry]
