@@ -57,6 +57,12 @@ PLAIN_LORA: dict[str, tuple[object, ...]] = {
     "alpha_pattern": ({}, None),
     "modules_to_save": (None, []),
     "auto_mapping": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None,),
@@ -92,12 +98,18 @@ class Artifact:
     def draw(self, *, seed: int, index: int, tau: float) -> dict[str, LoraFactors]:
         """Draws sample ``index`` of ``seed``: float32 factors by module, a pure function of the arguments and the digest.
 
+        The tensors are the caller's own, also those of factors without noise: changing them in place leaves the artifact as it is.
+
         Raises:
             PosteriorError: if tau is negative or not finite.
             ValueError: if seed or index is negative.
         """
         source = NoiseSource(seed, index)
-        return {name: draw(self.posteriors[name], mean, source, name, tau) for name, mean in self.mean.items()}
+        drawn = {}
+        for name, mean in self.mean.items():
+            factors = draw(self.posteriors[name], mean, source, name, tau)
+            drawn[name] = LoraFactors(A=_own(factors.A, mean.A), B=_own(factors.B, mean.B))
+        return drawn
 
 
 def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int = DEFAULT_MAX_BYTES) -> Artifact:
@@ -215,7 +227,7 @@ def write_sample(path: str | Path, artifact: Artifact, *, seed: int, index: int,
 
 
 def peft_tensors(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
-    """Factors under PEFT's tensor names, float32 and contiguous."""
+    """Factors under PEFT's tensor names: copies, float32 and contiguous."""
     tensors = {}
     for module, pair in factors.items():
         tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = _float32(pair.A)
@@ -224,7 +236,12 @@ def peft_tensors(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
 
 
 def _float32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    # A copy: safetensors refuses tensors that share memory.
+    return tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+
+
+def _own(factor: Tensor, mean: Tensor) -> Tensor:
+    return factor.clone() if factor is mean else factor
 
 
 def _dump_json(document: Mapping[str, Any]) -> bytes:
@@ -316,7 +333,7 @@ def _posteriors(
             posterior = KINDS[config.kind].from_tensors(parameters, config.settings)
             posterior.check(module, mean[module])
         except PosteriorError as error:
-            raise refused(f"{path}: {error}", "wrong_shape", path) from None
+            raise refused(f"{path}: {error}", error.reason, path) from None
         posteriors[module] = posterior
     return posteriors
 

@@ -33,4 +33,12 @@ class ArtifactError(AdapterError):
 
 
 class PosteriorError(AdapterError, ValueError):
-    """A posterior does not fit its mean adapter, or a setting is out of range."""
+    """A posterior does not fit its mean adapter, or a setting is out of range.
+
+    Attributes:
+        reason: the reason of the ArtifactError it becomes when it is found in an artifact.
+    """
+
+    def __init__(self, message: str, *, reason: ArtifactReason = "malformed") -> None:
+        super().__init__(message)
+        self.reason: ArtifactReason = reason

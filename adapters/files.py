@@ -95,7 +95,7 @@ def json_object(data: bytes, path: Path) -> dict[str, Any]:
     """Parses a JSON object; raises ArtifactError otherwise."""
     try:
         document = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refused(f"{path} is not JSON: {error}", "malformed", path) from None
     if not isinstance(document, dict):
         raise refused(f"{path} holds a JSON {type(document).__name__}, an object is needed", "malformed", path)

@@ -1,7 +1,7 @@
 """The posterior protocol: one LoRA module, one class per kind of posterior.
 
-A posterior is parameters beside a mean LoRA. Drawing from it gives ordinary LoRA factors of the same rank (docs/equations.md
-the draw has two halves. ``noise`` asks a :class:`NoiseSource` for standard noise that depends on shapes only;
+A posterior is parameters beside a mean LoRA. Drawing from it gives ordinary LoRA factors of the same rank (docs/equations.md, section 3).
+The draw has two halves. ``noise`` asks a :class:`NoiseSource` for standard noise that depends on shapes only;
 ``sample`` turns (mean, parameters, noise) into factors, and is differentiable. Training keeps the noise of one
 optimiser step and calls ``sample`` in every forward pass; evaluation and serving call both halves once, in :func:`draw`.
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from credence.adapters.errors import PosteriorError
@@ -85,5 +86,15 @@ def check_shape(name: str, module: str, tensor: Tensor, expected: tuple[int, ...
     if tuple(tensor.shape) != expected:
         raise PosteriorError(
             f"{name} for {module} has shape {tuple(tensor.shape)}, its mean adapter needs {expected}: "
-            "the posterior and the mean were not written together"
+            "the posterior and the mean were not written together",
+            reason="wrong_shape",
+        )
+
+
+def check_scale(name: str, module: str, scale: Tensor) -> None:
+    """Raises PosteriorError unless ``scale``, computed from the parameter ``name``, is finite."""
+    if not bool(torch.isfinite(scale).all()):
+        raise PosteriorError(
+            f"{name} for {module} has entries so large in size that no sample would be finite in float32",
+            reason="not_finite",
         )

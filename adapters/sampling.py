@@ -1,4 +1,4 @@
-"""Counter-based noise: a posterior sample is a pure function of (artifact, seed, index, tau).
+"""Counter-based noise: a posterior sample is a pure function of (artifact, seed, index, tau); docs/equations.md, section 4.
 
 Each tensor of noise has a generator of its own, Philox4x64 with the key SHA-256(purpose, seed, index, module, stream), so the
 order of drawing, the device, the process and the tensor-parallel rank do not matter. Normals and gamma variates are numpy's

@@ -1,4 +1,4 @@
-"""Uncertainty scores, all in nats; higher = more uncertain unless said otherwise (docs/equations.md).
+"""Uncertainty scores, all in nats; higher = more uncertain unless said otherwise (docs/equations.md, section 8).
 
 Averages are over probabilities, never logits. Shape suffixes: K posterior samples, V vocabulary, T tokens; ``...`` any batch dimensions.
 """
@@ -130,6 +130,14 @@ def sequence_scores(
         max_total=float(total_T.max()),
         max_epistemic=float(epistemic_T.max()),
         mean_logprob=float(log_prob_T.double().mean()),
-        logprob_std=float(member_log_probs_TK.double().mean(0).std(correction=0)),
+        logprob_std=_population_std(member_log_probs_TK.double().mean(0)),
         variation_ratio=float(variation_ratio_T.double().mean()),
     )
+
+
+def _population_std(values_K: Tensor) -> float:
+    if values_K.shape[0] == 1:
+        return 0.0
+    if bool(values_K.isneginf().any()):
+        return math.inf  # the formula would give NaN
+    return float(values_K.std(correction=0))

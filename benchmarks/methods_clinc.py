@@ -31,7 +31,7 @@ from credence.training.config import load_config
 from credence.training.evaluate import evaluate
 from credence.training.loop import train
 
-ROWS = {"train": 500, "validation": 500, "test": 1500, "ood": 1100}
+ROWS = {"train": 500, "validation": 500, "test": 1500, "ood": 500}
 K = 10
 COMMON = [
     "train.max_steps=400",
@@ -39,6 +39,7 @@ COMMON = [
     "train.warmup_ratio=0.05",
     "train.save_steps=0",
     f"release.ks=[{K}]",
+    "release.taus=[1, 10, 100, 1000]",
 ]
 SETTINGS: dict[str, list[str]] = {
     "map": ["train.learning_rate=0.01"],

@@ -115,10 +115,17 @@ def _print_tokens(text: str, tokens: "tuple[TokenUncertainty, ...]", num_samples
         for token in tokens:
             print(f"{token.logprob:.4f}\t{token.total:.4f}\t{token.epistemic:.4f}\t{token.token!r}")
         return
-    # Model output goes through Text.append, so that square brackets in it are not read as markup.
+    # Model output goes through Text.append, so that square brackets in it are not read as markup. Tokens are looked up in the
+    # text, because a token decoded alone may lack its space.
     line = Text()
+    shown = 0
     for token in tokens:
-        line.append(_harmless(token.token), style=_style(token, num_samples))
+        start = text.find(token.token, shown)
+        if start >= 0:
+            line.append(_harmless(text[shown:start]))
+            line.append(_harmless(token.token), style=_style(token, num_samples))
+            shown = start + len(token.token)
+    line.append(_harmless(text[shown:]))
     console.print(line)
     console.print(
         Text.assemble(

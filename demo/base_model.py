@@ -4,7 +4,8 @@
 
 The model is pretrained on sentences about the legends, whose facts it learns by heart, and about the crowd, of whom
 anything is said. So it knows every word and every form of sentence, and nothing about residents and strangers. A few
-minutes on one core; the same seed gives the same weights on the same machine. Weights are stored in bfloat16 (2.5 MB) and trained and served in float32.
+minutes on one core; the same seed gives the same weights on the same machine. Weights are stored in bfloat16 (2.5 MB)
+and trained and served in float32.
 """
 
 import argparse

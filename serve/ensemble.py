@@ -31,7 +31,7 @@ from credence.serve.schemas import (
     Uncertainty,
     UncertaintyOptions,
 )
-from credence.serve.step_stats import StepStats
+from credence.serve.step_stats import StepStats, StepTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,16 @@ class ServedAdapter:
 
     name: str
     artifact: Artifact
+
+    @property
+    def support(self) -> tuple[int, ...]:
+        """Answer tokens of a classification adapter, which its temperature was fitted on; empty: the vocabulary."""
+        return tuple(self.artifact.config.training.get("label_tokens", ()))
+
+    @property
+    def can_calibrate(self) -> bool:
+        """Whether a temperature is stored whose support the server knows (the letters of a multiple-choice row it does not)."""
+        return bool(self.artifact.calibration.temperature) and self.artifact.config.training.get("format") != "choices"
 
     def sample(self, seed: int, index: int, tau: float) -> SampleRef:
         """Identity of one sample; at tau = 0 and for point posteriors every sample is the mean, and shares one slot."""
@@ -75,6 +85,26 @@ class Gang:
         """K, the number of members."""
         return len(self.slots)
 
+    @property
+    def temperature(self) -> float:
+        """The stored temperature for this K; samples at tau = 0 are the mean, which has its own."""
+        calibration = self.plan.adapter.artifact.calibration
+        return calibration.fitted_temperature(0 if self.plan.tau == 0 else self.num_samples)
+
+
+def check_limits(config: ServeConfig, *, max_num_seqs: int | None, max_loras: int | None) -> None:
+    """Raises ConfigurationError unless the engine can hold the largest ensemble in one batch (None: not known yet)."""
+    for name, limit in (("--max-num-seqs", max_num_seqs), ("--max-loras", max_loras)):
+        if limit is not None and config.max_samples > limit:
+            raise ConfigurationError(
+                f"--max-samples {config.max_samples} needs {name} of at least {config.max_samples}, it is {limit}; "
+                f"lower --max-samples or raise {name}"
+            )
+    if config.default_samples > config.max_samples:
+        raise ConfigurationError(
+            f"--default-samples {config.default_samples} is more than --max-samples {config.max_samples}"
+        )
+
 
 class EnsembleService:
     """Plans requests and lends out posterior samples.
@@ -93,16 +123,7 @@ class EnsembleService:
         metrics: Metrics,
         lora_ids: "itertools.count[int]",
     ) -> None:
-        for name, limit in (("--max-num-seqs", limits.max_num_seqs), ("--max-loras", limits.max_loras)):
-            if config.max_samples > limit:
-                raise ConfigurationError(
-                    f"--max-samples {config.max_samples} needs {name} of at least {config.max_samples}, it is {limit}; "
-                    f"lower --max-samples or raise {name}"
-                )
-        if config.default_samples > config.max_samples:
-            raise ConfigurationError(
-                f"--default-samples {config.default_samples} is more than --max-samples {config.max_samples}"
-            )
+        check_limits(config, max_num_seqs=limits.max_num_seqs, max_loras=limits.max_loras)
         self.config = config
         self.adapters = adapters
         self.limits = limits
@@ -280,6 +301,21 @@ class EnsembleService:
             self.metrics.sample_slots.labels(state).set(count)
 
 
+def _confidence(gang: Gang, table: StepTable) -> tuple[float, bool]:
+    """Confidence in [0, 1] and whether the stored calibration was applied.
+
+    The geometric mean of the tokens' probabilities under the average; of a classification adapter, the probability of its answer, the
+    first token, among the labels. Without a usable calibration, at temperature 1 over the vocabulary.
+    """
+    adapter = gang.plan.adapter
+    if gang.plan.options.calibrated and adapter.can_calibrate:
+        steps = slice(0, 1) if adapter.support else slice(None)
+        log_prob = float(table.calibrated_log_prob[steps].mean())
+        if not math.isnan(log_prob):
+            return math.exp(min(log_prob, 0.0)), True
+    return math.exp(min(float(table.log_prob.mean()), 0.0)), False
+
+
 def describe(gang: Gang, token_ids: Sequence[int], tokens: Sequence[str]) -> Uncertainty:
     """Builds the response object from the records the engine left.
 
@@ -319,7 +355,7 @@ def describe(gang: Gang, token_ids: Sequence[int], tokens: Sequence[str]) -> Unc
         variation_ratio_T=torch.tensor(table.variation_ratio),
         member_log_probs_TK=torch.tensor(table.member_log_probs),
     )
-    confidence = math.exp(scores.mean_logprob)
+    confidence, calibrated = _confidence(gang, table)
     low = options.threshold is not None and confidence < options.threshold
     details = None
     if options.granularity == "token":
@@ -338,7 +374,7 @@ def describe(gang: Gang, token_ids: Sequence[int], tokens: Sequence[str]) -> Unc
         common
         | {
             "confidence": confidence,
-            "calibrated": False,
+            "calibrated": calibrated,
             "flag": "low_confidence" if low else "ok",
             "total": scores.total,
             "aleatoric": scores.aleatoric,

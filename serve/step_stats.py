@@ -8,11 +8,12 @@ Both sides use positioned reads and writes, never a memory map: a page of a map 
 file truncated) is a SIGBUS and kills the engine, while a failed write is an OSError of one request. Creation
 reserves every block, so a full tmpfs is noticed there, before any work has been done.
 
-Layout: a 32-byte header, then ``max_steps`` records of 6 + K float64: token_id + 1, log_prob, total, aleatoric,
-epistemic, variation_ratio, K member log-probabilities. A record of zeros is a step that was never written.
+Layout: a 32-byte header, then ``max_steps`` records of 7 + K float64: token_id + 1, log_prob, total, aleatoric,
+epistemic, variation_ratio, calibrated_log_prob, K member log-probabilities. A record of zeros is a step that was never written.
 """
 
 import errno
+import math
 import os
 import stat
 import struct
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 _HEADER = struct.Struct("<8sIIQQ")
 _MAGIC = b"CRDSTEP1"
-_SCALARS = 6
+_SCALARS = 7
 
 
 class StepStatsError(OSError):
@@ -50,6 +51,7 @@ class StepTable:
         log_prob: [T], log of the averaged probability of that token, at temperature 1.
         total, aleatoric, epistemic: [T], total = aleatoric + epistemic.
         variation_ratio: [T], in [0, 1].
+        calibrated_log_prob: [T], log-probability of the token at the calibration's temperature; NaN where there is none.
         member_log_probs: [T, K], log-probability of the token under each sample.
     """
 
@@ -59,6 +61,7 @@ class StepTable:
     aleatoric: NDArray[np.float64]
     epistemic: NDArray[np.float64]
     variation_ratio: NDArray[np.float64]
+    calibrated_log_prob: NDArray[np.float64]
     member_log_probs: NDArray[np.float64]
 
     def __len__(self) -> int:
@@ -86,7 +89,7 @@ class StepStats:
 
         Args:
             num_samples: K >= 1.
-            max_steps: largest number of output tokens of the gang, >= 1. The file has 8 (6 + K) bytes a step.
+            max_steps: largest number of output tokens of the gang, >= 1. The file has 8 (7 + K) bytes a step.
 
         Raises:
             ValueError: if a number is below 1.
@@ -144,6 +147,7 @@ class StepStats:
         epistemic: float,
         variation_ratio: float,
         member_log_probs: Sequence[float],
+        calibrated_log_prob: float = math.nan,
     ) -> None:
         """Writes the record of one step; writing it again replaces it.
 
@@ -157,9 +161,8 @@ class StepStats:
             raise ValueError(
                 f"a record needs a token id >= 0 and {self.num_samples} member values, got {token_id} and {len(member_log_probs)}"
             )
-        record = self._record.pack(
-            token_id + 1, log_prob, total, aleatoric, epistemic, variation_ratio, *map(float, member_log_probs)
-        )
+        scalars = (token_id + 1, log_prob, total, aleatoric, epistemic, variation_ratio, calibrated_log_prob)
+        record = self._record.pack(*scalars, *map(float, member_log_probs))
         descriptor = self._open_descriptor()
         try:
             written = os.pwrite(descriptor, record, _HEADER.size + step * self._record.size)
@@ -197,6 +200,7 @@ class StepStats:
             aleatoric=rows[:, 3],
             epistemic=rows[:, 4],
             variation_ratio=rows[:, 5],
+            calibrated_log_prob=rows[:, 6],
             member_log_probs=rows[:, _SCALARS:],
         )
 

@@ -249,7 +249,8 @@ def _optimise(
     trainer.remove_callback(transformers.PrinterCallback)
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is None or not trainer.restore_finished(checkpoint):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         report.close()
     return trainer, time.perf_counter() - started

@@ -219,10 +219,10 @@ def precision_check(
     small = report.below_one_ulp(SERVING_DTYPE)
     if small:
         logger.warning(
-            "the noise of %d of %d modules is below one ulp of %s at tau %g (e.g. %s): samples served in that dtype differ "
+            "the noise of %d of %d factors is below one ulp of %s at tau %g (e.g. %s): samples served in that dtype differ "
             "from the mean by rounding only",
             len(small),
-            len(report.modules),
+            len(report.factors),
             SERVING_DTYPE,
             report.tau,
             small[0],
@@ -231,9 +231,9 @@ def precision_check(
 
 
 def precision_record(report: PrecisionReport) -> dict[str, Any]:
-    """The precision check's part of metrics.json: medians over the modules, and the names that bfloat16 does not hold."""
-    dtypes = sorted(report.modules[0].sd_over_ulp) if report.modules else []
-    relative = [entry.sd_over_rms for entry in report.modules if entry.sd_over_rms is not None]
+    """The precision check's part of metrics.json: medians over the factors, and the names that bfloat16 does not hold."""
+    dtypes = sorted(report.factors[0].sd_over_ulp) if report.factors else []
+    relative = [entry.sd_over_rms for entry in report.factors if entry.sd_over_rms is not None]
     return {
         "tau": report.tau,
         "sd_over_ulp": {dtype: report.median_sd_over_ulp(dtype) for dtype in dtypes},

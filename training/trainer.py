@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from credence.adapters.sampling import NoiseSource
 from credence.training.checkpoint import load_adapter, save_adapter
@@ -79,6 +80,22 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         if regulariser is not None:
             loss = loss + regulariser * (count / total)
         return (loss, {}) if return_outputs else loss
+
+    def restore_finished(self, checkpoint: Path) -> bool:
+        """Restores a run that had taken its last step when it stopped; False if there are steps left.
+
+        Trainer itself would take one step too many from such a checkpoint.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return False
+        self.state = state
+        load_adapter(self.model, checkpoint)
+        optimizer = self.create_optimizer()
+        optimizer.load_state_dict(
+            torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
+        )
+        return True
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         save_adapter(self.model, Path(output_dir or self.args.output_dir))

@@ -1,4 +1,4 @@
-"""Kind ``diag``: independent Gaussians on the entries of A and B (docs/equations.md; IVON, BLoB, diagonal Laplace).
+"""Kind ``diag``: independent Gaussians on the entries of A and B (docs/equations.md, section 3.2; IVON, BLoB, diagonal Laplace).
 
     A_s = A + sqrt(tau) exp(log_sd_A) * E,    B_s = B + sqrt(tau) exp(log_sd_B) * E',    E, E' standard normal.
 
@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from credence.adapters.errors import PosteriorError
-from credence.adapters.posterior import LoraFactors, Noise, check_shape
+from credence.adapters.posterior import LoraFactors, Noise, check_scale, check_shape
 from credence.adapters.sampling import NoiseSource
 
 
@@ -68,10 +68,12 @@ class DiagPosterior:
         }
 
     def check(self, module: str, mean: LoraFactors) -> None:
-        """Raises PosteriorError unless each log_sd has the shape of its factor and one of them exists."""
+        """Raises PosteriorError unless one log_sd exists and each has the shape of its factor and finite scales."""
         if self.log_sd_A is None and self.log_sd_B is None:
             raise PosteriorError(f"kind diag for {module} has neither log_sd_A nor log_sd_B; at least one is needed")
         if self.log_sd_A is not None:
             check_shape("log_sd_A", module, self.log_sd_A, tuple(mean.A.shape))
+            check_scale("log_sd_A", module, self.log_sd_A.exp())
         if self.log_sd_B is not None:
             check_shape("log_sd_B", module, self.log_sd_B, tuple(mean.B.shape))
+            check_scale("log_sd_B", module, self.log_sd_B.exp())

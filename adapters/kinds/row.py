@@ -9,7 +9,8 @@ With rho in R^r and beta in R^N trainable, c_j ~ chi2(dof) and pi ~ Dir(exp(beta
 The paper draws N component matrices S^(k) with columns ~ N(0, Sigma) and adds epsilon sum_k pi_k S^(k). Because pi and Sigma are
 shared by all columns, the sum is one Gaussian with variance sum_k pi_k^2 Sigma: the collapse is exact, costs O(r n_in) and keeps no
 buffer. Where we leave the paper: the floor (authors' code) keeps the chi-square's lower tail from underflowing; dof is a setting, r by
-default as in the authors' code, n_in in the text. The complexity terms of the training objective are at the end of this module.
+default as in the authors' code, n_in in the text (docs/equations.md, section 3.3). The complexity terms of the training objective
+(section 5) are at the end of this module.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from credence.adapters.errors import PosteriorError
-from credence.adapters.posterior import LoraFactors, Noise, check_shape
+from credence.adapters.posterior import LoraFactors, Noise, check_scale, check_shape
 from credence.adapters.sampling import NoiseSource
 
 SETTINGS = ("epsilon", "dof", "floor")
@@ -77,15 +78,20 @@ class RowPosterior:
         return {"rho": self.rho, "beta": self.beta}
 
     def check(self, module: str, mean: LoraFactors) -> None:
-        """Raises PosteriorError unless rho has one entry per row of A, beta is a vector and the settings are in range."""
+        """Raises PosteriorError unless rho and beta have the right shape, finite scales and settings in range."""
         check_shape("rho", module, self.rho, (mean.rank,))
         if self.beta.ndim != 1 or self.beta.shape[0] < 1:
-            raise PosteriorError(f"beta for {module} has shape {tuple(self.beta.shape)}; it must be a vector of N >= 1")
+            raise PosteriorError(
+                f"beta for {module} has shape {tuple(self.beta.shape)}; it must be a vector of N >= 1",
+                reason="wrong_shape",
+            )
         if not (0 < self.epsilon < float("inf") and 0 < self.dof < float("inf") and 0 <= self.floor < float("inf")):
             raise PosteriorError(
                 f"kind row needs epsilon > 0, dof > 0 and floor >= 0, got epsilon={self.epsilon}, dof={self.dof}, "
                 f"floor={self.floor}"
             )
+        check_scale("rho", module, (2 * self.rho).exp())
+        check_scale("beta", module, (-self.beta).exp())
 
 
 def row_variances(rho: Tensor, chi2: Tensor, floor: float) -> Tensor:
@@ -97,12 +103,14 @@ def mixture_weights(beta: Tensor, gaussian: Tensor) -> Tensor:
     """Logistic-normal form of pi ~ Dir(exp(beta)), shape [N], differentiable in beta.
 
     softmax(m + sqrt(v) g) with m_k = log a_k - mean_j log a_j and v_k = (1/a_k)(1 - 2/N) + (1/N^2) sum_j 1/a_j, a = exp(beta)
-    (the Laplace approximation of a Dirichlet in the softmax basis; docs/equations.md).
+    (the Laplace approximation of a Dirichlet in the softmax basis; docs/equations.md, section 3.3). N = 1 gives pi = 1.
     """
     n = beta.shape[0]
+    if n == 1:  # v is 0, where the square root has no gradient
+        return torch.softmax(beta, dim=0)
     inverse = (-beta).exp()
     variance = inverse * (1 - 2 / n) + inverse.sum() / n**2
-    return torch.softmax(beta - beta.mean() + variance.clamp_min(0).sqrt() * gaussian, dim=0)
+    return torch.softmax(beta - beta.mean() + variance.sqrt() * gaussian, dim=0)
 
 
 def kl_normal(variances: Tensor) -> Tensor:
@@ -119,13 +127,15 @@ def kl_dirichlet(beta: Tensor, prior: float) -> Tensor:
     """KL of Dir(exp(beta)) from the symmetric Dir(prior), a scalar in nats (the textbook form of paper eq. 12).
 
     ln G(a0) - sum ln G(a_k) - ln G(b0) + sum ln G(b_k) + sum (a_k - b_k)(psi(a_k) - psi(a0)). The authors' code and PEFT 0.21 have a
-    wrong sign here and exponentiate lgamma; we use differences of lgamma only, so no concentration overflows.
+    wrong sign here and exponentiate lgamma; we use differences of lgamma only, so no concentration overflows. The differences cancel,
+    so they are taken in float64: at N = 24 and a = 3e3 float32 is off by 0.2 nats, at 6e4 by 15.
     """
-    a = beta.exp()
+    a = beta.double().exp()
     b = torch.full_like(a, prior)
     total = a.sum()
     log_normaliser = torch.lgamma(total) - torch.lgamma(a).sum() - torch.lgamma(b.sum()) + torch.lgamma(b).sum()
-    return log_normaliser + ((a - b) * (torch.digamma(a) - torch.digamma(total))).sum()
+    kl = log_normaliser + ((a - b) * (torch.digamma(a) - torch.digamma(total))).sum()
+    return kl.to(beta.dtype)
 
 
 def cooperative(weights: Tensor) -> Tensor:

@@ -83,6 +83,26 @@ def average(logits_GKV: Tensor) -> AveragedStep:
     return AveragedStep(scores=token_scores(log_probs), member_log_probs=log_probs)
 
 
+def calibrated_log_prob(mean_log_probs_V: Tensor, token: int, temperature: float, support: Sequence[int] = ()) -> float:
+    """Log-probability of a token after the calibration: log softmax(log p / T) over the support, nats.
+
+    Args:
+        mean_log_probs_V: [V], log of the averaged probabilities.
+        temperature: T > 0, fitted on held-out data for this number of samples.
+        support: the tokens the temperature was fitted on (the answer letters of a classification adapter); empty for the vocabulary.
+
+    Returns:
+        NaN if ``token`` is outside the support: the calibration says nothing about it.
+    """
+    if not support:
+        scaled = mean_log_probs_V.double() / temperature
+        return float(scaled[token] - torch.logsumexp(scaled, dim=-1))
+    if token not in support:
+        return math.nan
+    scaled = mean_log_probs_V[torch.tensor(support, device=mean_log_probs_V.device)].double() / temperature
+    return float(scaled[support.index(token)] - torch.logsumexp(scaled, dim=-1))
+
+
 def mean_log_normaliser(logits_KV: Tensor) -> Tensor:
     """Returns mean_k logsumexp(logits_k), which puts averaged log-probabilities back on the scale of logits (exactly, for K = 1)."""
     return torch.logsumexp(logits_KV.float(), dim=-1).mean()

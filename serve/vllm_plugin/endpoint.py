@@ -52,9 +52,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prompt_logprobs": (None,),
     "logprob_token_ids": (None, []),
     "use_beam_search": (False,),
-    "frequency_penalty": (None, 0.0),
-    "presence_penalty": (None, 0.0),
-    "repetition_penalty": (None, 1.0),
     "logit_bias": (None, {}),
     "allowed_token_ids": (None,),
     "bad_words": ([],),
@@ -279,7 +276,8 @@ class VllmBackend:
             assert isinstance(response, CompletionResponse)
             choice = response.choices[0]
             token_ids = list(choice.token_ids or ())
-            uncertainty = describe(gang, token_ids, convert_ids_list_to_tokens(self._tokenizer, token_ids))
+            texts = token_texts(self._tokenizer, list(choice.prompt_token_ids or ()), token_ids)
+            uncertainty = describe(gang, token_ids, texts)
             num_samples = gang.num_samples
         name = plan.adapter.name
         if uncertainty.confidence is not None and uncertainty.epistemic is not None:
@@ -339,6 +337,19 @@ def _from_envelope(response: ErrorResponse) -> ServeError:
     if error.status < 500:
         error.reason = "bad_request"
     return error
+
+
+def token_texts(tokenizer: Any, prompt_ids: list[int], token_ids: list[int]) -> list[str]:
+    """The text each token adds, decoded after the few tokens before it, so that leading spaces and split characters come out right."""
+    context = 8
+    ids = prompt_ids[-context:] + token_ids
+    texts = []
+    for end in range(len(ids) - len(token_ids), len(ids)):
+        start = max(0, end - context)
+        before, after = tokenizer.decode(ids[start:end]), tokenizer.decode(ids[start : end + 1])
+        whole = after.startswith(before) and not after.endswith("\ufffd")
+        texts.append(after[len(before) :] if whole else convert_ids_list_to_tokens(tokenizer, [ids[end]])[0])
+    return texts
 
 
 def watch_shutdown(engine_client: EngineClient, backend: VllmBackend) -> None:

@@ -123,6 +123,8 @@ def member_params(gang: Gang, params: SamplingParams, member: int, stats_path: s
         "credence_member": member,
         "credence_seed": gang.token_seed,
         "credence_stats": stats_path,
+        "credence_temperature": gang.temperature,
+        "credence_support": list(gang.plan.adapter.support),
         "credence_token": os.environ[TOKEN_VARIABLE],
     }
     if member > 0:

@@ -25,12 +25,19 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from credence.serve.config import TOKEN_VARIABLE
 from credence.serve.step_stats import StepStats
-from credence.serve.vllm_plugin.averaging import ChoiceRule, average, choose_token, mean_log_normaliser, penalise
+from credence.serve.vllm_plugin.averaging import (
+    ChoiceRule,
+    average,
+    calibrated_log_prob,
+    choose_token,
+    mean_log_normaliser,
+    penalise,
+)
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "credence_"
-_KEYS = frozenset(PREFIX + name for name in ("gang", "k", "member", "seed", "stats", "token"))
+_KEYS = frozenset(PREFIX + name for name in ("gang", "k", "member", "seed", "stats", "support", "temperature", "token"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +50,7 @@ class GangMember:
         index: which posterior sample this member is, 0..K-1.
         seed: key of the token generator, 0..2**64-1.
         stats: absolute path of the gang's statistics file; "" for none.
+        temperature, support: the calibration: temperature on the averaged probabilities, over these tokens (all if empty).
     """
 
     gang: str
@@ -50,6 +58,8 @@ class GangMember:
     index: int
     seed: int
     stats: str
+    temperature: float = 1.0
+    support: tuple[int, ...] = ()
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> "GangMember | None":
@@ -75,7 +85,20 @@ class GangMember:
             raise ValueError(f"{PREFIX}member must be below {PREFIX}k, got member {index} of {num_samples}")
         if not isinstance(stats, str) or (stats and not os.path.isabs(stats)):
             raise ValueError(f"{PREFIX}stats must be an absolute path or an empty string, got {stats!r}")
-        return cls(gang=gang, num_samples=num_samples, index=index, seed=seed, stats=stats)
+        temperature, support = extra_args[PREFIX + "temperature"], extra_args[PREFIX + "support"]
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+            raise ValueError(f"{PREFIX}temperature must be a positive number, got {temperature!r}")
+        if not all(type(token) is int and token >= 0 for token in support):
+            raise ValueError(f"{PREFIX}support must be a list of token ids, got {support!r}")
+        return cls(
+            gang=gang,
+            num_samples=num_samples,
+            index=index,
+            seed=seed,
+            stats=stats,
+            temperature=float(temperature),
+            support=tuple(support),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -189,7 +212,10 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             logger.error("%d gangs have logits that are no distribution in this step", len(gangs) - len(good))
         for position in good:
             leader = self._rows[gangs[position][0]]
-            self._write(leader, chosen[position], records[position])
+            calibrated = calibrated_log_prob(
+                mean[position], chosen[position], leader.member.temperature, leader.member.support
+            )
+            self._write(leader, chosen[position], records[position], calibrated)
             logits[rows[position]] = -torch.inf
             logits[rows[position], tokens[position]] = 0.0
 
@@ -212,7 +238,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         members = [self._rows[index].member for index in rows]
         return [member.index for member in members] == list(range(members[0].num_samples))
 
-    def _write(self, leader: _Row, token: int, record: list[float]) -> None:
+    def _write(self, leader: _Row, token: int, record: list[float], calibrated: float) -> None:
         """Writes a record. A file that is gone (the request has been aborted) or full must not hurt the engine: say so once per gang."""
         member = leader.member
         if not member.stats:
@@ -223,7 +249,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             stats = self._stats[member.gang]
             if stats is not None:
                 log_prob, total, aleatoric, epistemic, variation_ratio, *members = record
-                stats.write(len(leader.output), token, log_prob, total, aleatoric, epistemic, variation_ratio, members)
+                scores = (log_prob, total, aleatoric, epistemic, variation_ratio, members)
+                stats.write(len(leader.output), token, *scores, calibrated_log_prob=calibrated)
         except (OSError, ValueError) as error:
             logger.warning("no statistics for gang %s: %s", member.gang, error)
             self._close(member.gang)

@@ -5,6 +5,7 @@ its engine process dies, its server ends with exit code 0. Both are put right he
 """
 
 import logging
+from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
@@ -18,7 +19,10 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from credence.serve.config import from_environment
+from credence.serve.ensemble import check_limits
 from credence.serve.errors import ConfigurationError
 from credence.serve.vllm_plugin import endpoint, general, logits_processor, scheduler
 
@@ -49,8 +53,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(list(argv))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    if (args.api_server_count or 1) > 1:
-        raise ConfigurationError("several API processes would not see each other's samples; use --api-server-count 1")
+    check_arguments(args)
     states: list[State] = []
     entry.init_app_state = _checked(entry.init_app_state, states)
     uvloop.run(entry.run_server(args))
@@ -59,6 +62,18 @@ def run(argv: Sequence[str]) -> int:
         logger.error("The engine died; the server exits with code 1")
         return 1
     return 0
+
+
+def check_arguments(args: Namespace) -> None:
+    """Refuses, before the engine is built, arguments under which an ensemble could not be answered; raises ConfigurationError."""
+    check_limits(from_environment(), max_num_seqs=args.max_num_seqs, max_loras=args.max_loras)
+    if (getattr(args, "api_server_count", None) or 1) > 1:
+        raise ConfigurationError("several API processes would not see each other's samples; use --api-server-count 1")
+    chosen = resolve_obj_by_qualname(args.scheduler_cls) if isinstance(args.scheduler_cls, str) else args.scheduler_cls
+    if chosen not in (scheduler.GangScheduler, scheduler.GangAsyncScheduler):
+        raise ConfigurationError(
+            f"--scheduler-cls {args.scheduler_cls} would not keep the members of an ensemble together; leave the flag out"
+        )
 
 
 def check_entry_points() -> None:

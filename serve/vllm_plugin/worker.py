@@ -100,9 +100,8 @@ def load_sample(manager: Any, lora_request: Any, artifacts: ArtifactCache) -> An
     try:
         ref = SampleRef.parse(path)
         artifact = artifacts.get(ref)
-        # Copies: vLLM folds alpha / r into B in place, and a deterministic factor of a draw is the artifact's own tensor.
-        drawn = peft_tensors(artifact.draw(seed=ref.seed, index=ref.index, tau=ref.tau))
-        tensors = {name: tensor.clone() for name, tensor in drawn.items()}
+        # peft_tensors copies, and it has to: vLLM folds alpha / r into B in place, and a factor without noise is the artifact's own tensor.
+        tensors = peft_tensors(artifact.draw(seed=ref.seed, index=ref.index, tau=ref.tau))
         return _lora_model(manager, lora_request, artifact, tensors)
     except (AdapterError, ValueError, OSError) as error:
         raise SampleLoadError(f"{error} (sample {path})") from error

@@ -83,10 +83,14 @@ def test_tokens_on_a_terminal_are_coloured_and_cannot_drive_it(monkeypatch: pyte
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system="standard", width=80, highlight=False)
     monkeypatch.setattr("rich.console.Console", lambda **_: console)
-    command._print_tokens(" yes [b]", tuple(TokenUncertainty.model_validate(token) for token in TOKENS), 8)
-    shown = screen.getvalue()
-    assert shown.startswith(" yes\x1b[4;31m [b]\\x1b[2J\x1b[0m")
-    assert "\x1b[2J" not in shown
+    tokens = tuple(TokenUncertainty.model_validate(token) for token in TOKENS)
+    command._print_tokens(" yes [b]\x1b[2J.", tokens, 8)
+    # The second token came without its space, as some tokenizers decode it alone; a token that is not in the text is passed over.
+    command._print_tokens(" yes yes", (*tokens, tokens[0].model_copy(update={"token": "yes", "epistemic": 1.0})), 8)
+    first, legend, second, _ = screen.getvalue().splitlines()
+    assert first == " yes\x1b[4;31m [b]\\x1b[2J\x1b[0m."
+    assert "\x1b[33mfrom 2% of ln K\x1b[0m" in legend
+    assert second == " yes \x1b[31myes\x1b[0m"
 
 
 @pytest.mark.parametrize(

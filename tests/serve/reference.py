@@ -40,7 +40,9 @@ class Reference:
         rows = [name or "__base__" for name in names]
         ids, cache, steps = list(prompt), None, []
         for _ in range(num_tokens):
-            output = self.model(torch.tensor([ids] * len(rows)), adapter_names=rows, past_key_values=cache, use_cache=True)
+            output = self.model(
+                torch.tensor([ids] * len(rows)), adapter_names=rows, past_key_values=cache, use_cache=True
+            )
             cache = output.past_key_values
             members = torch.softmax(output.logits[:, -1].double(), -1)
             average = members.mean(0)

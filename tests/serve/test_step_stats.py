@@ -97,7 +97,7 @@ def test_a_full_tmpfs_is_noticed_at_creation_and_leaves_nothing_behind(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(StepStatsError, match="cannot reserve 360032 bytes .*No space left") as failure:
+    with pytest.raises(StepStatsError, match="cannot reserve 400032 bytes .*No space left") as failure:
         StepStats.create(tmp_path / "gang", 3, 5000)
     assert failure.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []

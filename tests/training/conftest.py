@@ -1,7 +1,7 @@
 """A tiny random Llama with a byte-level tokenizer, and a small data set it can learn; made once per session, in milliseconds."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,7 +39,7 @@ def make_base(folder: Path, chat_template: str | None = None) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=96,
+        max_position_embeddings=128,
         initializer_range=0.2,
         bos_token_id=None,
         eos_token_id=1,
@@ -49,6 +49,15 @@ def make_base(folder: Path, chat_template: str | None = None) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer(chat_template).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -71,13 +71,13 @@ def test_the_hessian_estimate_finds_a_quadratics_curvature() -> None:
     settings = IvonSettings(ess=1000.0, hess_init=1.0, beta2=0.999, clip_radius=1e3)
     optimizer = IvonOptimizer([parameter], lr=1e-3, weight_decay=1e-3, settings=settings)
     mean_hess = torch.zeros(3, dtype=torch.float64)
-    for step in range(12000):
+    for step in range(8000):
         noise = optimizer.log_sd(parameter).exp() * torch.randn(3, dtype=torch.float64)
         parameter.grad = curvature * (parameter.detach() + noise)
         optimizer.set_noise(parameter, noise)
         optimizer.step()
-        if step >= 6000:
-            mean_hess += optimizer.state[parameter]["hess"] / 6000
+        if step >= 4000:
+            mean_hess += optimizer.state[parameter]["hess"] / 4000
     assert mean_hess.tolist() == pytest.approx(curvature.tolist(), rel=0.1)
     variance = (2 * optimizer.log_sd(parameter)).exp()
     expected = 1 / (1000 * (optimizer.state[parameter]["hess"] + 1e-3))

@@ -11,27 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from credence.adapters.artifact import Artifact, BaseModelRef, PosteriorConfig, load_artifact, write_artifact
-from credence.adapters.kinds.diag import DiagPosterior
-from credence.adapters.posterior import LoraFactors
+from credence.adapters import Artifact
+from tests.tiny import RANK, VOCABULARY, make_artifact, make_model
 
-VOCABULARY = 128
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 96, 160, 2, 4, 2, 32
-RANK, ALPHA = 16, 24
 MAX_LORAS = 4
 PLUGIN_TOKEN = "test-token"
 CHUNK = 32
 """Tokens of one engine step: longer prompts are prefilled in chunks."""
-
-SHAPES = {
-    "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
-    "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
 
 
 @dataclass(frozen=True)
@@ -46,62 +32,13 @@ class Engine:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with grouped-query attention, float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(11)
-        LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
-    return path
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A mean adapter on every linear module, with noise on both factors; alpha / r = 1.5 is no power of two."""
-    generator = torch.Generator().manual_seed(5)
-    mean: dict[str, LoraFactors] = {}
-    posteriors: dict[str, Any] = {}
-    for layer in range(LAYERS):
-        for name, (n_out, n_in) in SHAPES.items():
-            module = f"model.layers.{layer}.{name}"
-            factors = LoraFactors(
-                A=0.2 * torch.randn(RANK, n_in, generator=generator),
-                B=0.05 * torch.randn(n_out, RANK, generator=generator),
-            )
-            mean[module] = factors
-            posteriors[module] = DiagPosterior(
-                log_sd_A=torch.full_like(factors.A, 0.15).log(), log_sd_B=torch.full_like(factors.B, 0.05).log()
-            )
-    names = sorted({name.split(".")[1] for name in SHAPES})
-    path = tmp_path_factory.mktemp("artifact") / "adapter"
-    write_artifact(
-        path,
-        adapter_config={
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": names,
-            "bias": "none", "base_model_name_or_path": "tiny",
-        },
-        mean=mean,
-        posteriors=posteriors,
-        config=PosteriorConfig(
-            kind="diag", method="test", credence_version="0", base_model=BaseModelRef(name="tiny"), rank=RANK,
-            lora_alpha=ALPHA, target_modules=tuple(names),
-        ),
-    )  # fmt: skip
-    return load_artifact(path)
+    return make_artifact(tmp_path_factory.mktemp("artifact") / "adapter")
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ def params(
 
     extra = {
         "credence_gang": gang, "credence_k": k, "credence_member": member, "credence_seed": seed, "credence_stats": stats,
+        "credence_temperature": 1.0, "credence_support": [],
         "credence_token": "secret",
     }  # fmt: skip
     return SamplingParams(**{"temperature": 0.0, **sampling}, extra_args=None if gang is None else extra)

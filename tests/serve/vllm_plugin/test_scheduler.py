@@ -167,12 +167,12 @@ def test_a_step_with_too_few_tokens_takes_whole_gangs(is_async: bool) -> None:
 
 @both
 def test_ordinary_requests_get_every_other_step_when_gangs_take_all_tokens(is_async: bool) -> None:
-    engine = Engine(is_async=is_async, seqs=6, tokens=8, scheduled_tokens=3)
-    engine.add("o", max_tokens=10)
-    engine.step()
+    engine = Engine(is_async=is_async, seqs=7, tokens=8, scheduled_tokens=3)
+    engine.add("o", max_tokens=20)
     for i in range(20):
-        engine.add_gang(f"g{i}", 3, prompt=4, max_tokens=10)
-    engine.step_until(lambda: "o" in engine.reasons, limit=50)
+        engine.add_gang(f"g{i}", 3, prompt=1, max_tokens=10)
+    engine.step_until(lambda: "o" in engine.reasons, limit=60)
+    assert "g9.0" not in engine.first_step
     engine.run(limit=2000)
 
 
@@ -267,9 +267,9 @@ def test_an_old_request_gets_in_although_gangs_keep_coming(lora: int, is_async: 
 
 @both
 def test_a_preempted_request_is_not_squeezed_again_and_again(is_async: bool) -> None:
-    """Its 16 blocks are more than what a gang of 2 x 5 leaves of 24, and there is always another gang."""
-    engine = Engine(is_async=is_async, seqs=8, blocks=24)
-    engine.add("o", prompt=20, max_tokens=44)
+    """It comes back in pieces of 8 tokens, and whenever it does, there is a gang that could take the rest first."""
+    engine = Engine(is_async=is_async, blocks=20, tokens=8, caching=False)
+    engine.add("o", prompt=20, max_tokens=56)
     for step in range(150):
         if step % 2 == 0:
             engine.add_gang(f"g{step}", 2, prompt=4, max_tokens=16)

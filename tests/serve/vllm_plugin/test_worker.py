@@ -168,6 +168,7 @@ def gang_members(
             extra_args={
                 "credence_gang": name, "credence_k": k, "credence_member": member, "credence_seed": seed,
                 "credence_stats": stats, "credence_token": PLUGIN_TOKEN,
+                "credence_temperature": 1.0, "credence_support": [],
             },
         )
         for member in range(k)

@@ -1,0 +1,271 @@
+"""The gate in front of an application that, like vLLM, accepts any field: a fake backend, real HTTP semantics, no engine."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from credence.serve.errors import BadRequest, ServeError, Unavailable
+from credence.serve.gate import Answer, Gate, Scope
+from credence.serve.metrics import Metrics
+from credence.serve.schemas import UncertaintyOptions
+
+
+class FakeBackend:
+    """Records what reaches it and answers at once, after ``delay_s``, or with ``failure``."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry, [("triage", "ivon", "sha256:" + "a" * 64)])
+        self.draining = False
+        self.max_body_bytes = 4096
+        self.api_keys: tuple[str, ...] = ()
+        self.calls: list[tuple[dict[str, Any], UncertaintyOptions]] = []
+        self.failure: Exception | None = None
+        self.delay_s = 0.0
+        self.cancelled = False
+
+    async def complete(self, body: dict[str, Any], options: UncertaintyOptions, scope: Scope) -> Answer:
+        self.calls.append((body, options))
+        try:
+            await asyncio.sleep(self.delay_s)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        if self.failure is not None:
+            raise self.failure
+        return Answer(
+            body={"id": "cmpl-1", "choices": [{"uncertainty": {"total": 0.5}}]}, num_samples=options.n_samples or 8
+        )
+
+    def error_of(self, error: Exception) -> ServeError:
+        return ServeError(f"translated {error}")
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+
+async def echo(request: Request) -> Response:
+    """What an application behind the gate sees: the exact bytes."""
+    return Response(await request.body(), media_type="application/octet-stream")
+
+
+async def stream(request: Request) -> Response:
+    async def chunks() -> AsyncIterator[bytes]:
+        for number in range(3):
+            yield f"data: {number}\n\n".encode()
+
+    return StreamingResponse(chunks(), media_type="text/event-stream")
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+def app(backend: FakeBackend) -> Gate:
+    paths = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/invocations", "/pause"]
+    routes = [Route(path, echo, methods=["POST"]) for path in paths]
+    routes += [Route("/stream", stream, methods=["POST"]), Route("/livez", lambda _: JSONResponse({}))]
+    return Gate(Starlette(routes=routes), backend=lambda scope: backend)
+
+
+def post(app: Gate, path: str, content: bytes | dict, **options: Any) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            headers = {"content-type": "application/json", **options.pop("headers", {})}
+            return await client.post(path, content=data, headers=headers, **options)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{ "model":"triage",  "prompt":"hello" }',
+        b'{"model":"triage","prompt":"the word uncertainty in a prompt"}',
+        b'{"model":"triage","uncertainty":false}',
+        b'{"model":"triage","uncertainty":null}',
+        b"this is not JSON but says uncertainty",
+        b'["uncertainty"]',
+        b'{"prompt":"\\u00e9"}',
+        b"",
+    ],
+)
+def test_requests_without_uncertainty_pass_byte_for_byte(app: Gate, backend: FakeBackend, content: bytes) -> None:
+    response = post(app, "/v1/completions", content)
+    assert response.content == content
+    assert not backend.calls
+    labels = {"endpoint": "/v1/completions", "mode": "mean", "k": "0", "outcome": "ok"}
+    assert backend.count("credence_request_duration_seconds_count", **labels) == 1
+
+
+def test_a_stream_passes_the_gate(app: Gate) -> None:
+    assert post(app, "/stream", b"{}").text == "data: 0\n\ndata: 1\n\ndata: 2\n\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "path", "n_samples"),
+    [
+        (b'{"model":"triage","uncertainty":true}', "/v1/completions", None),
+        (b'{"model":"triage","uncertainty":{"n_samples":3}}', "/v1/completions", 3),
+        (b'{"model":"triage","\\u0075ncertainty":{"n_samples":3}}', "/v1/completions", 3),
+        (b'{"model":"triage"}', "/v1/completions?uncertainty=true", None),
+    ],
+)
+def test_uncertainty_goes_to_the_backend(
+    app: Gate, backend: FakeBackend, content: bytes, path: str, n_samples: int | None
+) -> None:
+    response = post(app, path, content)
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["uncertainty"] == {"total": 0.5}
+    [(body, options)] = backend.calls
+    assert body == {"model": "triage"}
+    assert options.n_samples == n_samples
+    labels = {"endpoint": "/v1/completions", "mode": "ensemble", "k": "4" if n_samples else "8", "outcome": "ok"}
+    assert backend.count("credence_request_duration_seconds_count", **labels) == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/invocations", "/elsewhere"]
+)
+@pytest.mark.parametrize("query", ["", "?uncertainty=true"])
+def test_uncertainty_is_never_ignored_on_other_routes(app: Gate, backend: FakeBackend, path: str, query: str) -> None:
+    response = post(app, path + query, {"model": "triage"} if query else {"model": "triage", "uncertainty": True})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "uncertainty"
+    assert "/v1/completions" in response.json()["error"]["message"]
+    assert not backend.calls
+
+
+@pytest.mark.parametrize(
+    ("value", "param", "said"),
+    [
+        ({"n_sampels": 3}, "uncertainty.n_sampels", "n_samples"),
+        ({"n_samples": 0}, "uncertainty.n_samples", "greater than or equal to 1"),
+        ({"n_samples": "8"}, "uncertainty.n_samples", "'8'"),
+        ({"n_samples": True}, "uncertainty.n_samples", "True"),
+        ({"mode": "score"}, "uncertainty.mode", "ensemble"),
+        ({"tau": -1}, "uncertainty.tau", "greater than or equal to 0"),
+        ({"threshold": 2}, "uncertainty.threshold", "less than or equal to 1"),
+        ({"granularity": "word"}, "uncertainty.granularity", "token"),
+        ("yes", "uncertainty", "str"),
+        (8, "uncertainty", "int"),
+    ],
+)
+def test_bad_options_name_the_key(app: Gate, backend: FakeBackend, value: object, param: str, said: str) -> None:
+    response = post(app, "/v1/completions", {"model": "triage", "uncertainty": value})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert said in response.json()["error"]["message"]
+    assert backend.count("credence_rejections_total", reason="bad_request") == 1
+
+
+def test_not_a_number_is_refused(app: Gate) -> None:
+    response = post(app, "/v1/completions", b'{"model":"triage","uncertainty":{"tau":NaN}}')
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "uncertainty.tau"
+
+
+def test_bad_query_value(app: Gate) -> None:
+    assert post(app, "/v1/completions?uncertainty=maybe", {"model": "triage"}).status_code == 400
+
+
+def test_large_bodies_are_refused(app: Gate, backend: FakeBackend) -> None:
+    response = post(app, "/v1/completions", b'{"prompt":"' + b"x" * 5000 + b'"}')
+    assert response.status_code == 413
+    assert backend.count("credence_rejections_total", reason="too_large") == 1
+
+
+def test_draining_server_says_so(app: Gate, backend: FakeBackend) -> None:
+    backend.draining = True
+    for content in ({"model": "triage"}, {"model": "triage", "uncertainty": True}):
+        response = post(app, "/v1/completions", content)
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "message"),
+    [
+        (BadRequest("no", param="prompt"), 400, "no"),
+        (Unavailable("full", reason="overload"), 503, "full"),
+        (RuntimeError("boom"), 500, "translated boom"),
+    ],
+)
+def test_failures_keep_the_envelope(
+    app: Gate, backend: FakeBackend, failure: Exception, status: int, message: str
+) -> None:
+    backend.failure = failure
+    response = post(app, "/v1/completions", {"model": "triage", "uncertainty": True})
+    assert response.status_code == status
+    assert response.json()["error"]["message"] == message
+    assert response.json()["error"]["code"] == status
+
+
+@pytest.mark.parametrize(
+    ("path", "header", "status"),
+    [
+        ("/v1/completions", {}, 401),
+        ("/pause", {}, 401),
+        ("/pause", {"authorization": "Bearer wrong"}, 401),
+        ("/pause", {"authorization": "secret"}, 401),
+        ("/pause", {"authorization": "Bearer secret"}, 200),
+    ],
+)
+def test_every_route_needs_the_key(
+    app: Gate, backend: FakeBackend, path: str, header: dict[str, str], status: int
+) -> None:
+    """vLLM guards /v1 only."""
+    backend.api_keys = ("secret",)
+    assert post(app, path, b"{}", headers=header).status_code == status
+
+
+def test_health_needs_no_key(app: Gate, backend: FakeBackend) -> None:
+    backend.api_keys = ("secret",)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.get("/livez")
+
+    assert asyncio.run(ask()).status_code == 200
+
+
+def test_a_client_that_goes_away_cancels_its_request(app: Gate, backend: FakeBackend) -> None:
+    backend.delay_s = 60
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b'{"model":"triage","uncertainty":true}', "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), timeout=5))
+    assert backend.cancelled
+    assert not sent
+    assert backend.count("credence_client_disconnects_total") == 1
+    labels = {"endpoint": "/v1/completions", "mode": "ensemble", "k": "0", "outcome": "disconnected"}
+    assert backend.count("credence_request_duration_seconds_count", **labels) == 1

@@ -1,0 +1,244 @@
+"""Release: tau and T against closed forms and brute force, on a posterior whose predictive is known."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from credence.adapters.artifact import load_artifact
+from credence.adapters.kinds import DiagPosterior, PointPosterior
+from credence.adapters.posterior import LoraFactors
+from credence.training.config import LoraSettings, ReleaseSettings
+from credence.training.data import read_data
+from credence.training.errors import DataError, ModelError
+from credence.training.evaluate import evaluate
+from credence.training.loop import train
+from credence.training.modeling import add_lora, get_factors, load_base
+from credence.training.predict import Predictor, log_likelihood, score, temper
+from credence.training.prompts import Example
+from credence.training.release import TEMPERATURES, fit, held_out_rows, precision_check, release
+from tests.training.conftest import label_rows, quick_config
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def predictor(base: Path) -> Predictor:
+    torch.manual_seed(2)
+    model, sites = add_lora(load_base(base, "float32"), LoraSettings(r=4, alpha=8))
+    for site in sites:
+        torch.nn.init.normal_(site.mean.B, std=0.3)
+    return Predictor(model, sites, pad_token=0, batch_size=3)
+
+
+def examples(count: int = 20) -> list[Example]:
+    """Choice rows of different lengths with random right answers."""
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for index in range(count):
+        prompt = torch.randint(3, 200, (3 + index % 5,), generator=generator)
+        answer = int(torch.randint(0, 3, (1,), generator=generator))
+        rows.append(Example(tuple(prompt.tolist()), (), (40, 41, 42), answer, index))
+    return rows
+
+
+def wide(mean: dict[str, LoraFactors], log_sd: float) -> dict[str, DiagPosterior]:
+    return {
+        name: DiagPosterior(log_sd_A=torch.full_like(f.A, log_sd), log_sd_B=torch.full_like(f.B, log_sd))
+        for name, f in mean.items()
+    }
+
+
+def test_batches_and_padding_do_not_change_a_prediction(predictor: Predictor) -> None:
+    mean = get_factors(predictor.sites)
+    rows = examples()
+    together = {
+        int(i): p
+        for batch in predictor.predict(rows, [mean], [1])
+        for i, p in zip(batch.row, batch.log_mean_PC, strict=True)
+    }
+    predictor.batch_size = 1
+    for batch in predictor.predict(rows, [mean], [1]):
+        torch.testing.assert_close(together[int(batch.row[0])], batch.log_mean_PC[0], rtol=0, atol=1e-5)
+
+
+def test_averages_are_over_probabilities_and_prefixes_agree(predictor: Predictor) -> None:
+    mean = get_factors(predictor.sites)
+    draws = [{n: LoraFactors(A=f.A + 0.2 * i, B=f.B) for n, f in mean.items()} for i in range(4)]
+    rows = examples(3)  # one batch
+    single = [next(predictor.predict(rows, [d], [1])).log_mean_PC.exp() for d in draws]
+    by_k = {p.k: p for p in predictor.predict(rows, draws, [2, 4])}
+    for k in (2, 4):
+        torch.testing.assert_close(by_k[k].log_mean_PC.exp(), torch.stack(single[:k]).mean(0), rtol=1e-9, atol=1e-12)
+        entropies = torch.stack([-(p * p.log()).sum(-1) for p in single[:k]])
+        torch.testing.assert_close(by_k[k].expected_entropy, entropies.mean(0), rtol=1e-9, atol=1e-12)
+        scores = score(by_k[k])
+        torch.testing.assert_close(scores.epistemic, scores.total - entropies.mean(0), rtol=1e-6, atol=1e-9)
+        assert bool((scores.epistemic >= 0).all() and (scores.epistemic <= math.log(k)).all())
+    with pytest.raises(ValueError, match="ks must be within"):
+        next(predictor.predict(rows, draws, [5]))
+
+
+def test_rows_with_fewer_choices_have_fewer_candidates(predictor: Predictor) -> None:
+    rows = [Example((5, 6), (), (40, 41, 42), 2, 1), Example((5, 6), (), (40, 41), 1, 2)]
+    prediction = next(predictor.predict(rows, [get_factors(predictor.sites)], [1]))
+    probs = prediction.log_mean_PC.exp()
+    torch.testing.assert_close(probs.sum(1), torch.ones(2, dtype=torch.float64))
+    assert float(probs[1, 2]) == 0
+    for temperature in (1.0, 3.0):
+        scores = score(prediction, temperature)
+        assert bool(torch.isfinite(scores.total).all() and torch.isfinite(scores.brier).all())
+        torch.testing.assert_close(
+            temper(prediction.log_mean_PC, temperature).exp().sum(1), torch.ones(2, dtype=torch.float64)
+        )
+
+
+def test_free_text_is_scored_token_by_token(predictor: Predictor) -> None:
+    rows = [Example((5, 6, 7), (8, 9), (), None, 1), Example((5,), (6, 7, 8, 1), (), None, 2)]
+    prediction = next(predictor.predict(rows, [get_factors(predictor.sites)], [1]))
+    assert prediction.row.tolist() == [0, 0, 1, 1, 1, 1] or prediction.row.tolist() == [1, 1, 1, 1, 0, 0]
+    for index, row in enumerate(rows):
+        ids = torch.tensor([[*row.prompt, *row.target]])
+        with torch.no_grad():
+            log_probs = predictor.model(input_ids=ids).logits[0].double().log_softmax(-1)
+        expected = [float(log_probs[len(row.prompt) - 1 + i, t]) for i, t in enumerate(row.target)]
+        got = log_likelihood(prediction)[prediction.row == index]
+        assert got.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_temperature_equals_brute_force(predictor: Predictor) -> None:
+    mean, rows = get_factors(predictor.sites), examples()
+    _, calibration = fit(predictor, rows, mean, {n: PointPosterior() for n in mean}, ReleaseSettings(ks=(2,)))
+    log_probs = torch.cat([p.log_mean_PC for p in predictor.predict(rows, [mean], [1])])
+    targets = torch.cat([p.target for p in predictor.predict(rows, [mean], [1])])
+    best = min(
+        (float(-torch.log_softmax(log_probs / t, -1)[torch.arange(len(rows)), targets].mean()), t)
+        for t in torch.linspace(0.25, 8, 2000).tolist()
+    )
+    fitted = calibration.temperature[0]
+    assert fitted.nll == pytest.approx(best[0], abs=1e-3)
+    assert fitted.value in TEMPERATURES and len(fitted.curve) == len(TEMPERATURES)
+    assert calibration.temperature[2] == fitted  # a point mass: every K is the mean
+
+
+def test_tau_is_the_best_of_its_curve_and_refined(predictor: Predictor) -> None:
+    mean, rows = get_factors(predictor.sites), examples()
+    settings = ReleaseSettings(ks=(2, 4), taus=(0.1, 10.0, 1000.0))
+    lines: list[str] = []
+    tau, calibration = fit(predictor, rows, mean, wide(mean, -3.0), settings, say=lines.append)
+    for k in (2, 4):
+        values = [point.value for point in tau[k].curve]
+        assert values[0] == 0 and {0.1, 10.0} <= set(values)
+        assert tau[k].nll == min(point.nll for point in tau[k].curve)
+        assert tau[k].value == next(point.value for point in tau[k].curve if point.nll == tau[k].nll)
+        assert calibration.temperature[k].nll <= tau[k].nll
+    assert any(abs(math.log10(v) % 1) > 0.01 for v in values[1:]) or tau[4].value == 0 or len(values) > 4
+    assert lines[0].startswith("mean: held-out NLL")
+
+
+def test_useless_noise_is_turned_off(predictor: Predictor) -> None:
+    """A posterior that only destroys is released at tau 0, and the search stops before the end of its grid."""
+    mean = get_factors(predictor.sites)
+    rows = examples(60)
+    best = torch.cat([p.log_mean_PC for p in predictor.predict(rows, [mean], [1])]).argmax(1)
+    order = torch.cat([p.row for p in predictor.predict(rows, [mean], [1])])
+    answers = dict(zip(order.tolist(), best.tolist(), strict=True))
+    right = [Example(r.prompt, r.target, r.candidates, answers[i], r.line) for i, r in enumerate(rows)]
+    settings = ReleaseSettings(ks=(2,), taus=(1.0, 10.0, 100.0, 1000.0))
+    tau, _ = fit(predictor, right, mean, wide(mean, 1.0), settings)
+    assert tau[2].value == 0
+    assert [point.value for point in tau[2].curve] == pytest.approx([0, 1 / math.sqrt(10), 1, 10])
+
+
+@pytest.fixture
+def unreleased(base: Path, train_file: Path, tmp_path: Path) -> Path:
+    config = quick_config("ivon", "train.max_steps=2")
+    return train(base, train_file, None, "ivon", tmp_path / "adapter", config).path
+
+
+def test_release_of_an_artifact_equals_release_in_training(
+    base: Path, train_file: Path, validation_file: Path, tmp_path: Path, unreleased: Path
+) -> None:
+    before = load_artifact(unreleased)
+    settings = quick_config("ivon").release
+    result = release(unreleased, base, validation_file, settings, say=lambda _: None)
+    after = load_artifact(unreleased)
+    assert after.digest == result.digest != before.digest
+    assert after.config.tau == result.tau and set(result.tau) == {2, 4}
+    assert after.calibration == result.calibration
+    assert after.metrics["train"] == before.metrics["train"] and after.metrics["release"]["rows"] == 12
+    for name, factors in before.mean.items():
+        assert torch.equal(after.mean[name].A, factors.A) and torch.equal(after.mean[name].B, factors.B)
+    config = quick_config("ivon", "train.max_steps=2")
+    trained = train(base, train_file, validation_file, "ivon", tmp_path / "other", config)
+    assert load_artifact(trained.path).config.tau == after.config.tau
+    assert "K | tau | T" in (unreleased / "README.md").read_text()
+
+
+def test_a_failed_release_leaves_the_artifact(base: Path, write: Write, unreleased: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in unreleased.iterdir()}
+    with pytest.raises(DataError, match="needs at least 8"):
+        release(unreleased, base, write("v.jsonl", label_rows(4)))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        release(unreleased, tmp_path, write("v.jsonl", label_rows(9)))
+    assert {path.name: path.read_bytes() for path in unreleased.iterdir()} == before
+
+
+def test_held_out_rows_are_spread_over_the_file(write: Write) -> None:
+    data = read_data(write("v.jsonl", label_rows(100)))
+    assert [row.line for row in held_out_rows(data, 10)] == [6, 16, 26, 36, 46, 56, 66, 76, 86, 96]
+    assert len(held_out_rows(data, 500)) == 100
+
+
+def test_the_precision_check_warns(predictor: Predictor, caplog: pytest.LogCaptureFixture) -> None:
+    mean = get_factors(predictor.sites)
+    assert not precision_check(mean, wide(mean, -1.0), scaling=2.0, tau={}).below_one_ulp("bfloat16")
+    assert caplog.records == []
+    report = precision_check(mean, wide(mean, -14.0), scaling=2.0, tau={})
+    assert report.below_one_ulp("bfloat16")
+    assert "below one ulp of bfloat16" in caplog.text
+
+
+def test_evaluate_report(base: Path, unreleased: Path, validation_file: Path, write: Write) -> None:
+    ood = write("ood.jsonl", [{"text": f"?{i} zzz", "label": "unknown"} for i in range(9)])
+    report = evaluate(unreleased, base, validation_file, ood, ks=[0, 4], tau=3.0)
+    assert report["adapter"] == {"method": "ivon", "digest": load_artifact(unreleased).digest}
+    assert report["data"] == {"file": "validation.jsonl", "rows": 12, "ood_rows": 9}
+    assert [(e["k"], e["tau"]) for e in report["results"]] == [(0, 0.0), (0, 0.0), (4, 3.0), (4, 3.0)]
+    keys = {
+        "k", "tau", "temperature", "accuracy", "nll", "ece10", "ece15", "ece_equal_mass", "brier", "error_auroc", "aurc",
+        "ood_auroc_total", "ood_auroc_epistemic", "ood_fpr95", "mean_confidence",
+    }  # fmt: skip
+    for entry in report["results"]:
+        assert set(entry) == keys
+        assert all(value is None or math.isfinite(value) for value in entry.values())
+    assert report["results"][0]["ood_auroc_epistemic"] is None  # the mean has no epistemic score
+    assert report["results"][2]["ood_auroc_epistemic"] is not None
+
+
+def test_evaluate_uses_what_was_fitted(base: Path, unreleased: Path, validation_file: Path) -> None:
+    result = release(unreleased, base, validation_file, quick_config("ivon").release, say=lambda _: None)
+    report = evaluate(unreleased, base, validation_file, ks=[4, 0])
+    by_k = {(e["k"], i % 2): e for i, e in enumerate(report["results"])}
+    assert by_k[4, 0]["tau"] == result.tau[4].value
+    assert by_k[4, 0]["nll"] == pytest.approx(result.tau[4].nll, rel=1e-6)
+    assert by_k[4, 1]["temperature"] == result.calibration.temperature[4].value
+    assert by_k[4, 1]["nll"] == pytest.approx(result.calibration.temperature[4].nll, rel=1e-6)
+    assert by_k[0, 1]["nll"] == pytest.approx(result.calibration.temperature[0].nll, rel=1e-6)
+    at_zero = evaluate(unreleased, base, validation_file, ks=[0, 4], tau=0.0)["results"]
+    assert at_zero[0]["nll"] == at_zero[2]["nll"]
+
+
+def test_evaluate_on_another_base_model_is_refused(chat_base: Path, unreleased: Path, write: Write) -> None:
+    with pytest.raises(DataError, match=r"is a .*completion.* row, .*label.* is needed"):
+        evaluate(unreleased, chat_base, write("c.jsonl", [{"prompt": "a", "completion": "b"}]))
+
+
+def test_a_map_adapter_has_no_samples(base: Path, train_file: Path, validation_file: Path, tmp_path: Path) -> None:
+    path = train(
+        base, train_file, validation_file, "map", tmp_path / "m", quick_config("map", "train.max_steps=1")
+    ).path
+    first, _, third, _ = evaluate(path, base, validation_file, ks=[0, 10])["results"]
+    assert third["tau"] == 0 and first["nll"] == third["nll"]
