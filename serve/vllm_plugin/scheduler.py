@@ -23,6 +23,7 @@ Rules (``tests/serve/vllm_plugin/test_scheduler.py`` has one test for each):
 
 Gangs with K = 1 and requests without gang keys are ordinary; without any gang every call goes straight to vLLM.
 Memory that sliding-window layers give back is not counted, so the reservation for such models is larger than needed.
+The module is long because all of vLLM's hooks read one plan; it leans on private methods of vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -296,7 +297,6 @@ class GangScheduler(Scheduler):
             self._adapters |= _adapter_ids(members)
             for member in members:
                 self._set_reserve(member.request_id, self._blocks_to_come(member))
-                member.priority = ADMITTED_PRIORITY
 
     def _has_room(self, order: Order, members: list[Request]) -> bool:
         ready = (RequestStatus.WAITING, RequestStatus.PREEMPTED)

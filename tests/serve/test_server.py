@@ -40,7 +40,11 @@ def wait_until_idle(server: Server, within_s: float) -> None:
 def without_identity(document: Any) -> Any:
     """A response without ids, times and the fingerprint of the server's configuration."""
     if isinstance(document, dict):
-        return {key: without_identity(value) for key, value in document.items() if key not in ("id", "created", "system_fingerprint")}
+        return {
+            key: without_identity(value)
+            for key, value in document.items()
+            if key not in ("id", "created", "system_fingerprint")
+        }
     return [without_identity(value) for value in document] if isinstance(document, list) else document
 
 

@@ -122,7 +122,7 @@ def test_over_draws_of_pi_and_sigma_the_moments_agree_too() -> None:
 
 def test_rows_share_nothing_but_the_mixture() -> None:
     """With N = 1 and many degrees of freedom the deviation is Gaussian with variance epsilon^2 exp(2 rho) dof, about."""
-    count, dof = 4000, 1e6
+    count, dof = 1500, 1e6
     posterior = posterior_of(beta=(0.3,), dof=dof)
     A = deviations(posterior, mean_factors(), count)[0]
     expected = 0.2**2 * (2 * torch.tensor(RHO).double()).exp() * dof
@@ -183,15 +183,14 @@ def test_mixture_weights_have_the_laplace_approximations_parameters(beta: tuple[
 
 
 def test_mixture_weights_approach_the_dirichlet_at_large_concentrations() -> None:
-    """a = 200 to 540: mean and variance of pi against Dir(a)'s; what is left is the approximation's error, below 3 %."""
+    """a = 200 to 540: the mean of pi to 1 %; its variance to a factor of 2, because the Gaussian drops the logits' covariance."""
     beta = torch.tensor([5.3, 5.8, 6.3], dtype=torch.float64)
-    noise = NoiseSource(0, 0).normal("m", "g", (40_000, 3)).double()
-    # the paper's Gaussian drops the logits' covariance, which is small beside the variances only for many components
-    drawn = torch.stack([mixture_weights(beta, g) for g in noise[:4000]])
+    noise = NoiseSource(0, 0).normal("m", "g", (4000, 3)).double()
+    drawn = torch.stack([mixture_weights(beta, g) for g in noise])
     exact = Dirichlet(beta.exp())
     torch.testing.assert_close(drawn.mean(0), exact.mean, rtol=0.01, atol=0)
-    assert float((drawn.var(0) / exact.variance).min()) > 0.5
-    assert float((drawn.var(0) / exact.variance).max()) < 2
+    ratio = drawn.var(0) / exact.variance
+    assert 0.5 < float(ratio.min()) and float(ratio.max()) < 2
 
 
 def test_one_component_has_all_the_weight() -> None:

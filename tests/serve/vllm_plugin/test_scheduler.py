@@ -124,10 +124,12 @@ def test_members_with_unequal_prefix_hits_start_together(is_async: bool) -> None
     for lora in (1, 2):
         engine.add(f"warm{lora}", prompt=prompt[: 16 * lora], lora=lora, max_tokens=1)
     engine.run()
-    engine.add_gang("g", 3, prompt=prompt)
+    engine.add_gang("g", 3, prompt=prompt, max_tokens=20)
     hits = {}
-    while not engine.started:
-        hits |= {r.req_id: r.num_computed_tokens for r in engine.step().scheduled_new_reqs}
+    for _ in range(12):
+        output = engine.step()
+        hits |= {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
+    assert engine.started
     assert hits == {"g.0": 16, "g.1": 32 - BLOCK_SIZE, "g.2": 0}  # g.1: the hit leaves one token to start with
     assert engine.scheduler.gang_wait_steps > 3
     engine.run()

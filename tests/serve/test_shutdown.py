@@ -1,0 +1,100 @@
+"""How the server ends: SIGTERM under load, the engine killed, and refusals to start."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from credence.adapters import Artifact
+from tests.serve.conftest import ENVIRONMENT, Server, credence_command, start
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+BODY = {"model": "diag", "prompt": "w1 w2 w3", "max_tokens": 180, "ignore_eos": True}
+
+
+class Load:
+    """Requests in threads, whose statuses and bodies are kept."""
+
+    def __init__(self, server: Server, bodies: list[dict[str, Any]]) -> None:
+        self.answers: list[tuple[int | str, float]] = []
+        self._threads = [threading.Thread(target=self._ask, args=(server.url, body)) for body in bodies]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, url: str, body: dict[str, Any]) -> None:
+        try:
+            response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+            assert "error" in response.json() or "choices" in response.json()
+            self.answers.append((response.status_code, time.monotonic()))
+        except httpx.TransportError as error:
+            self.answers.append((type(error).__name__, time.monotonic()))
+
+    def wait(self) -> list[int | str]:
+        for thread in self._threads:
+            thread.join(timeout=60)
+            assert not thread.is_alive(), "a request hangs"
+        return [status for status, _ in self.answers]
+
+
+@pytest.fixture
+def fresh_server(model_path: Path, artifacts: dict[str, Artifact], tmp_path: Path) -> Any:
+    running = start(credence_command(model_path, {"diag": artifacts["diag"].path}), tmp_path / "log", "/readyz")
+    yield running
+    running.client.close()
+    running.process.kill()
+    running.process.wait()
+
+
+def test_sigterm_lets_running_ensembles_finish_and_refuses_new_ones(fresh_server: Server) -> None:
+    load = Load(fresh_server, [{**BODY, "uncertainty": {"n_samples": 8}}] * 3 + [BODY] * 2)
+    time.sleep(0.5)
+    fresh_server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    refused = []
+    while fresh_server.process.poll() is None and len(refused) < 3:
+        for extra in ({}, {"uncertainty": True}):
+            try:
+                refused.append(
+                    httpx.post(f"{fresh_server.url}/v1/completions", json={**BODY, **extra}, timeout=10).status_code
+                )
+            except httpx.TransportError:
+                refused.append(503)  # the socket is closed already
+    assert load.wait() == [200] * 5
+    assert set(refused) == {503}
+    assert fresh_server.process.wait(timeout=30) == 0
+    assert not list(Path("/dev/shm").glob(f"credence-*{fresh_server.process.pid}*"))
+
+
+def test_a_killed_engine_ends_every_request_and_the_process(fresh_server: Server) -> None:
+    load = Load(fresh_server, [{**BODY, "uncertainty": {"n_samples": 8}}] * 2 + [BODY])
+    time.sleep(0.5)
+    for child in psutil.Process(fresh_server.process.pid).children(recursive=True):
+        os.kill(child.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    statuses = load.wait()
+    assert all(status in (500, 503) for status in statuses), statuses
+    assert max(when for _, when in load.answers) - killed < 5
+    try:
+        assert fresh_server.client.get("/readyz").status_code == 503
+    except httpx.TransportError:
+        pass  # it has left already
+    assert fresh_server.process.wait(timeout=30) == 1
+    assert "exits with code 1" in fresh_server.log.read_text()
+
+
+def test_slots_below_the_largest_ensemble_are_refused_at_start(
+    model_path: Path, artifacts: dict[str, Artifact]
+) -> None:
+    command = credence_command(model_path, {"diag": artifacts["diag"].path}, "--max-loras", "4")
+    result = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1
+    assert "needs --max-loras of at least 8" in result.stderr
+    assert "Traceback" not in result.stderr
