@@ -79,13 +79,19 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
         raise refused(
             f"{path} cannot be opened: {error.strerror} (symbolic links are not followed)", reason, path
         ) from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise refused(f"{path} is not a regular file", "malformed", path)
         if status.st_size > max_bytes:
             raise refused(f"{path} has {status.st_size} bytes, {max_bytes} are left of the limit", "too_large", path)
-        data = file.read(max_bytes + 1)
+        # Only now: fdopen itself fails on a folder.
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise refused(f"{path} cannot be read: {error.strerror}", "io", path) from None
+    finally:
+        os.close(descriptor)
     if len(data) > max_bytes:
         raise refused(f"{path} grew beyond the limit while it was read", "too_large", path)
     return data

@@ -18,6 +18,9 @@ from credence.training.prompts import IGNORED, Example, collate
 
 Factors = Mapping[str, LoraFactors]
 
+MAX_POSITIONS = 512
+"""Most predictions in one batch: each is a distribution over the vocabulary, 0.5 MB at 128,000 tokens."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
@@ -27,7 +30,7 @@ class Prediction:
         k: number of samples averaged.
         row: [P], index of the row (in the list of examples given) of each position.
         target: [P], index of the right candidate, -100 where the row is unlabelled.
-        log_mean_PC: log of the averaged probabilities, float64.
+        log_mean_PC: log of the averaged probabilities; float64 over candidates, float32 over a whole vocabulary.
         expected_entropy: [P], mean over the samples of their entropy, nats.
     """
 
@@ -63,6 +66,11 @@ class Scores:
         """Joins the scores of several batches."""
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__})
 
+    def on_cpu(self) -> "Scores":
+        """The same scores, numbers as float64 on the CPU."""
+        moved = {name: getattr(self, name).cpu() for name in self.__dataclass_fields__}
+        return Scores(**{name: t.double() if t.is_floating_point() else t for name, t in moved.items()})
+
     def by_row(self, name: str) -> Tensor:
         """Mean of one score over each row's positions, [rows]."""
         rows = int(self.row.max()) + 1
@@ -97,7 +105,7 @@ class Predictor:
         for rows in self._batches(examples):
             batch = _Batch.build([examples[row] for row in rows], rows, self.pad_token, self.model.device)
             log_sum: Tensor | None = None
-            entropy_sum = torch.zeros((), dtype=torch.float64)
+            entropy_sum = torch.zeros((), device=self.model.device)
             for index, factors in enumerate(draws[: max(ks)]):
                 set_factors(self.sites, factors)
                 log_probs = batch.log_probs(self.model)
@@ -113,9 +121,19 @@ class Predictor:
                     )
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[list[int]]:
+        """Rows of similar length together, at most ``batch_size`` and, for free text, at most ``MAX_POSITIONS`` predictions."""
         order = sorted(range(len(examples)), key=lambda row: len(examples[row].prompt) + len(examples[row].target))
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
+        batch: list[int] = []
+        positions = 0
+        for row in order:
+            added = 1 if examples[row].candidates else len(examples[row].target)
+            if batch and (len(batch) == self.batch_size or positions + added > MAX_POSITIONS):
+                yield batch
+                batch, positions = [], 0
+            batch.append(row)
+            positions += added
+        if batch:
+            yield batch
 
 
 def temper(log_probs_PC: Tensor, temperature: float) -> Tensor:
@@ -126,9 +144,9 @@ def temper(log_probs_PC: Tensor, temperature: float) -> Tensor:
 
 
 def log_likelihood(prediction: Prediction, temperature: float = 1.0) -> Tensor:
-    """Log-probability of the right candidate, [P], nats."""
+    """Log-probability of the right candidate, [P] float64 on the CPU, nats."""
     tempered = temper(prediction.log_mean_PC, temperature)
-    return tempered.gather(1, prediction.target[:, None]).squeeze(1)
+    return tempered.gather(1, prediction.target[:, None]).squeeze(1).double().cpu()
 
 
 def score(prediction: Prediction, temperature: float = 1.0) -> Scores:
@@ -141,7 +159,7 @@ def score(prediction: Prediction, temperature: float = 1.0) -> Scores:
     log_right = tempered.gather(1, prediction.target.clamp_min(0)[:, None]).squeeze(1)
     nan = torch.full_like(log_right, float("nan"))
     epistemic = _entropy(prediction.log_mean_PC) - prediction.expected_entropy
-    return Scores(
+    scores = Scores(
         row=prediction.row,
         log_prob=torch.where(known, log_right, nan),
         correct=(choice == prediction.target) & known,
@@ -150,6 +168,7 @@ def score(prediction: Prediction, temperature: float = 1.0) -> Scores:
         total=_entropy(tempered),
         epistemic=epistemic.clamp(0.0, math.log(prediction.k)) if prediction.k > 1 else torch.zeros_like(epistemic),
     )
+    return scores.on_cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,20 +206,21 @@ class _Batch:
             input_ids=padded["input_ids"].to(device),
             attention_mask=padded["attention_mask"].to(device),
             positions=positions.to(device),
-            row_in_batch=row_in_batch,
-            slot=slot,
-            candidates=candidates,
+            row_in_batch=row_in_batch.to(device),
+            slot=slot.to(device),
+            candidates=None if candidates is None else candidates.to(device),
             row=torch.tensor(rows)[row_in_batch],
-            target=target,
+            target=target.to(device),
         )
 
     def log_probs(self, model: Any) -> Tensor:
-        """Normalised log-probabilities of the candidates, [P, C] float64 on the CPU."""
+        """Normalised log-probabilities of the candidates, [P, C], on the model's device."""
         logits = logits_at(model, self.input_ids, self.attention_mask, self.positions)
-        picked: Tensor = logits[self.row_in_batch.to(logits.device), self.slot.to(logits.device)].float().cpu().double()
+        picked: Tensor = logits[self.row_in_batch, self.slot].float()
         if self.candidates is not None:
-            missing = self.candidates < 0
-            picked = picked.gather(1, self.candidates.clamp_min(0)).masked_fill(missing, float("-inf"))
+            picked = (
+                picked.double().gather(1, self.candidates.clamp_min(0)).masked_fill(self.candidates < 0, float("-inf"))
+            )
         return torch.log_softmax(picked, dim=-1)
 
 

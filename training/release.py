@@ -7,7 +7,7 @@ probabilities, chosen after tau. The samples of K are the indices 0, ..., K-1 of
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,28 +66,64 @@ class ReleaseResult:
         }
 
 
-@dataclass(slots=True)
-class _Curves:
-    """Mean held-out NLL by tau, K and temperature."""
+class _Search:
+    """Mean held-out NLL by (tau, K) and temperature, measured as it is asked for.
 
-    nll: dict[tuple[float, int], list[float]] = field(default_factory=dict)
+    With a few candidates a row every temperature is measured in the pass that measures tau. On a whole vocabulary a temperature costs
+    as much as a forward pass, so they are measured at the chosen tau only, in a second pass.
+    """
 
-    def at(self, tau: float, k: int, temperature: float = 1.0) -> float:
-        return self.nll[tau, k][TEMPERATURES.index(temperature)]
+    def __init__(
+        self,
+        predictor: Predictor,
+        examples: Sequence[Example],
+        mean: Mapping[str, LoraFactors],
+        posteriors: Mapping[str, Posterior],
+        ks: Sequence[int],
+        seed: int,
+    ) -> None:
+        self.predictor = predictor
+        self.examples = examples
+        self.mean = mean
+        self.posteriors = posteriors
+        self.ks = ks
+        self.seed = seed
+        self.nll: dict[tuple[float, int], float] = {}
+        self.tempered: dict[tuple[float, int], list[float]] = {}
 
-    def taus(self, k: int) -> list[float]:
-        return sorted(tau for tau, other in self.nll if other == k)
+    def measure(self, tau: float, *, temperatures: bool = False) -> None:
+        """Measures every K at ``tau``; at tau 0 all K are the mean. Does nothing if it is known."""
+        if (tau, self.ks[0]) in (self.tempered if temperatures else self.nll):
+            return
+        grid = TEMPERATURES if temperatures or self.examples[0].candidates else (1.0,)
+        if tau == 0:
+            values = _nll_by_temperature(self.predictor, self.examples, [self.mean], [1], grid)[1]
+            by_k = dict.fromkeys((0, *self.ks), values)
+        else:
+            draws = [self._draw(tau, index) for index in range(max(self.ks))]
+            by_k = _nll_by_temperature(self.predictor, self.examples, draws, self.ks, grid)
+        for k, values in by_k.items():
+            self.nll[tau, k] = values[grid.index(1.0)]
+            if len(grid) > 1:
+                self.tempered[tau, k] = values
 
     def tau_fit(self, k: int) -> Fit:
-        best = min(self.taus(k), key=lambda tau: self.at(tau, k))
-        curve = tuple(CurvePoint(value=tau, nll=self.at(tau, k)) for tau in self.taus(k))
-        return Fit(value=best, nll=self.at(best, k), curve=curve)
+        """The best tau measured."""
+        curve = [CurvePoint(value=tau, nll=nll) for (tau, other), nll in sorted(self.nll.items()) if other == k]
+        best = min(curve, key=lambda point: point.nll)
+        return Fit(value=best.value, nll=best.nll, curve=tuple(curve))
 
     def temperature_fit(self, tau: float, k: int) -> Fit:
-        values = self.nll[tau, k]
-        best = min(range(len(values)), key=lambda index: values[index])
-        curve = tuple(CurvePoint(value=t, nll=v) for t, v in zip(TEMPERATURES, values, strict=True))
-        return Fit(value=TEMPERATURES[best], nll=values[best], curve=curve)
+        """The best temperature at ``tau``."""
+        self.measure(tau, temperatures=True)
+        pairs = zip(TEMPERATURES, self.tempered[tau, k], strict=True)
+        curve = [CurvePoint(value=temperature, nll=nll) for temperature, nll in pairs]
+        best = min(curve, key=lambda point: point.nll)
+        return Fit(value=best.value, nll=best.nll, curve=tuple(curve))
+
+    def _draw(self, tau: float, index: int) -> Factors:
+        source = NoiseSource(self.seed, index)
+        return {name: draw(self.posteriors[name], factors, source, name, tau) for name, factors in self.mean.items()}
 
 
 def fit(
@@ -106,42 +142,31 @@ def fit(
         tau by K (empty where the posterior is a point) and the calibration.
     """
     ks = settings.ks
-    curves = _Curves()
-    curves.nll[0.0, 0] = _nll_by_temperature(predictor, examples, [mean], [1])[1]
-    for k in ks:
-        curves.nll[0.0, k] = curves.nll[0.0, 0]
-    temperature = {0: curves.temperature_fit(0.0, 0)}
-    say(f"mean: held-out NLL {curves.at(0.0, 0):.4f}, with T = {temperature[0].value:.2f} {temperature[0].nll:.4f}")
+    search = _Search(predictor, examples, mean, posteriors, ks, seed)
+    search.measure(0.0)
+    temperature = {0: search.temperature_fit(0.0, 0)}
+    say(f"mean: held-out NLL {search.nll[0.0, 0]:.4f}, with T = {temperature[0].value:.2f} {temperature[0].nll:.4f}")
     if all(posterior.kind == "point" for posterior in posteriors.values()):
         return {}, Calibration(temperature={0: temperature[0], **dict.fromkeys(ks, temperature[0])})
 
-    def evaluate_tau(tau: float) -> None:
-        if (tau, ks[0]) in curves.nll:
-            return
-        draws: list[Factors] = [
-            {
-                name: draw(posteriors[name], factors, NoiseSource(seed, index), name, tau)
-                for name, factors in mean.items()
-            }
-            for index in range(max(ks))
-        ]
-        for k, values in _nll_by_temperature(predictor, examples, draws, ks).items():
-            curves.nll[tau, k] = values
-        say(f"tau {tau:g}: held-out NLL " + ", ".join(f"{curves.at(tau, k):.4f} (K = {k})" for k in ks))
+    def measure(tau: float) -> None:
+        if (tau, ks[0]) not in search.nll:
+            search.measure(tau)
+            say(f"tau {tau:g}: held-out NLL " + ", ".join(f"{search.nll[tau, k]:.4f} (K = {k})" for k in ks))
 
     worse = 0
     for tau in settings.taus:
-        evaluate_tau(tau)
+        measure(tau)
         # Noise only destroys from here on: stop after two values that no K gains from.
-        worse = worse + 1 if all(curves.at(tau, k) > curves.tau_fit(k).nll for k in ks) else 0
+        worse = worse + 1 if all(search.nll[tau, k] > search.tau_fit(k).nll for k in ks) else 0
         if worse == 2:
             break
     for k in ks:
-        for tau in _beside(settings.taus, curves.tau_fit(k).value):
-            evaluate_tau(tau)
-    tau_fits = {k: curves.tau_fit(k) for k in ks}
+        for tau in _beside(settings.taus, search.tau_fit(k).value):
+            measure(tau)
+    tau_fits = {k: search.tau_fit(k) for k in ks}
     for k in ks:
-        temperature[k] = curves.temperature_fit(tau_fits[k].value, k)
+        temperature[k] = search.temperature_fit(tau_fits[k].value, k)
         say(f"K = {k}: tau {tau_fits[k].value:g}, T {temperature[k].value:.2f}, held-out NLL {temperature[k].nll:.4f}")
     return tau_fits, Calibration(temperature=temperature)
 
@@ -263,13 +288,17 @@ def _rewrite(artifact: Artifact, path: str | Path, result: ReleaseResult, data: 
 
 
 def _nll_by_temperature(
-    predictor: Predictor, examples: Sequence[Example], draws: Sequence[Factors], ks: Sequence[int]
+    predictor: Predictor,
+    examples: Sequence[Example],
+    draws: Sequence[Factors],
+    ks: Sequence[int],
+    temperatures: Sequence[float],
 ) -> dict[int, list[float]]:
-    sums = {k: torch.zeros(len(TEMPERATURES), dtype=torch.float64) for k in ks}
+    sums = {k: torch.zeros(len(temperatures), dtype=torch.float64) for k in ks}
     counts = dict.fromkeys(ks, 0)
     for prediction in predictor.predict(examples, draws, ks):
         counts[prediction.k] += len(prediction.row)
-        sums[prediction.k] += torch.stack([-log_likelihood(prediction, t).sum() for t in TEMPERATURES])
+        sums[prediction.k] += torch.stack([-log_likelihood(prediction, t).sum() for t in temperatures])
     return {k: (sums[k] / counts[k]).tolist() for k in ks}
 
 

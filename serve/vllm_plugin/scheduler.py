@@ -379,14 +379,6 @@ class GangScheduler(Scheduler):
             self._adapters = adapters
         return True
 
-    def _is_kept_out(self, request: Request) -> bool:
-        """Whether an ordinary newcomer has to wait: an older gang is first, or the free places are reserved."""
-        if self._door is not None and self._order(request) > self._door:
-            return True
-        joining = sum(m.status != RequestStatus.RUNNING for m in self._joining)
-        taken = len(self.running) + self.num_waiting_for_streaming_input + joining
-        return bool(taken >= self.max_num_active_reqs)
-
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Tokens a request gets in this step. vLLM asks here last; 0 skips a running request and stops admission."""
         tokens = int(super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens))
@@ -395,7 +387,7 @@ class GangScheduler(Scheduler):
         running = request.status == RequestStatus.RUNNING
         gang = self._gang_of.get(request.request_id)
         if gang is None:
-            if not running and self._is_kept_out(request):
+            if not running and self._door is not None and self._order(request) > self._door:
                 return 0
         elif gang.released:
             tokens = 0 if gang in self._frozen else tokens

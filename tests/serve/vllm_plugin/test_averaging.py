@@ -9,6 +9,7 @@ from torch import Tensor
 from credence.serve.vllm_plugin.averaging import (
     ChoiceRule,
     average,
+    calibrated_log_prob,
     choose_token,
     mean_log_normaliser,
     penalise,
@@ -201,3 +202,20 @@ def test_one_member_with_a_repetition_penalty_sees_its_own_logits() -> None:
     logits = gangs(1, num_samples=1)
     restored = average(logits).scores.mean_log_probs[0] + mean_log_normaliser(logits[0])
     torch.testing.assert_close(restored, logits[0, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("support", [(), (4, 1, 6)])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.7])
+def test_calibrated_log_prob_is_the_tempered_average(support: tuple[int, ...], temperature: float) -> None:
+    """p_y^(1/T) / sum p^(1/T), over the support."""
+    probabilities = torch.softmax(torch.randn(9, generator=torch.Generator().manual_seed(0)), -1).double()
+    powered = probabilities ** (1 / temperature)
+    tokens = support or tuple(range(9))
+    for token in tokens:
+        expected = powered[token] / sum(powered[other] for other in tokens)
+        value = calibrated_log_prob(probabilities.log(), token, temperature, support)
+        assert math.exp(value) == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_calibration_says_nothing_about_tokens_outside_its_support() -> None:
+    assert math.isnan(calibrated_log_prob(torch.zeros(5).log_softmax(-1), 3, 1.0, (0, 1)))

@@ -68,7 +68,7 @@ def test_places_adapters_and_blocks_of_a_joining_gang_stay_reserved(is_async: bo
     engine.step()
     assert "g.1" not in engine.first_step
     for i in range(3):
-        engine.add(f"adapter{i}", lora=9, prompt=2, max_tokens=1)
+        engine.add(f"adapter{i}", lora=9, prompt=2, max_tokens=3)
         engine.add(f"base{i}", prompt=2, max_tokens=30)
     engine.run()
     assert min(engine.first_step[f"adapter{i}"] for i in range(3)) > engine.first_step["g.2"]
@@ -350,6 +350,7 @@ def test_a_member_that_ends_alone_takes_the_rest_along(is_async: bool) -> None:
     for _ in range(12):
         engine.step()
     assert engine.reasons == {"g.0": FinishReason.ERROR, "g.1": FinishReason.STOP, "g.2": FinishReason.ERROR}
+    assert [len(engine.tokens[f"g.{i}"]) for i in range(3)] == [3, 3, 3]  # in the same step, not one later
     assert engine.scheduler.gang_violations == 1
     assert not engine.scheduler.requests and not engine.scheduler._gangs
 
