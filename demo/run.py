@@ -43,8 +43,15 @@ LATENCY_REQUESTS = 10
 # Chosen on validation rows only (docs of the demo: README.md beside this file).
 TRAINING: dict[str, Any] = {
     "lora": {"r": 16, "alpha": 32, "target_modules": "all-linear"},
-    "train": {"max_steps": 800, "batch_size": 64, "learning_rate": 1.0, "warmup_ratio": 0.025, "save_steps": 0},
-    "method": {"ess": 1e8, "hess_init": 1e-3},
+    "train": {
+        "max_steps": 1000,
+        "batch_size": 64,
+        "learning_rate": 1.0,
+        "warmup_ratio": 0.025,
+        "save_steps": 0,
+        "logging_steps": 100,
+    },
+    "method": {"ess": 1e6, "hess_init": 1e-3, "beta2": 0.999},
     "release": {"ks": [NUM_SAMPLES]},
 }
 SERVE_FLAGS = (

@@ -154,6 +154,7 @@ class VllmBackend:
     ) -> None:
         self.metrics = service.metrics
         self.draining = False
+        self.engine_died = False
         self.max_body_bytes = config.max_body_bytes
         self.api_keys = api_keys
         self.engine_client = engine_client
@@ -361,6 +362,8 @@ def watch_shutdown(engine_client: EngineClient, backend: VllmBackend) -> None:
     loop = asyncio.get_running_loop()
 
     def shutdown(timeout: float | None = None) -> None:
+        # vLLM also shuts down what is left after the engine has died; only a living engine drains.
+        backend.engine_died = backend.engine_died or (engine_client.errored and not backend.draining)
         backend.draining = True
         original(timeout=timeout)
         if not loop.is_closed():

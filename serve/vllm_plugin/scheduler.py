@@ -459,7 +459,6 @@ class GangScheduler(Scheduler):
             kwargs["reserved_blocks"] = kwargs.get("reserved_blocks", 0) + self._reserved_blocks
             return self._vllm_allocate_slots(request, *args, **kwargs)
         # For a newcomer the watermark, unlike reserved_blocks, also limits the test that the whole prompt fits.
-        kwargs["has_scheduled_reqs"] = True
         watermark = self.kv_cache_manager.watermark_blocks
         self.kv_cache_manager.watermark_blocks = watermark + self._reserved_blocks
         try:

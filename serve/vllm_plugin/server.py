@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
     entry.init_app_state = _checked(entry.init_app_state, states)
     uvloop.run(entry.run_server(args))
     backend = states[0].credence if states else None
-    if backend is None or (backend.engine_client.errored and not backend.draining):
+    if backend is None or backend.engine_died:
         logger.error("The engine died; the server exits with code 1")
         return 1
     return 0

@@ -1,6 +1,7 @@
 """The committed base model: small, loadable, and fluent in the world's language."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -94,4 +95,4 @@ def test_pretraining_lowers_the_loss_and_is_reproducible() -> None:
         tokenizer = make_tokenizer()
         losses.append(pretrain(make_model(tokenizer, 0), tokenizer, World(), steps=6, batch_size=8))
     assert losses[0] == losses[1]
-    assert losses[0] < 5.0
+    assert losses[0] < math.log(len(tokenizer))  # the loss of a uniform guess

@@ -56,6 +56,8 @@ def fresh_server(model_path: Path, artifacts: dict[str, Artifact], tmp_path: Pat
 def test_sigterm_lets_running_ensembles_finish_and_refuses_new_ones(fresh_server: Server) -> None:
     load = Load(fresh_server, [{**BODY, "uncertainty": {"n_samples": 8}}] * 3 + [BODY] * 2)
     time.sleep(0.5)
+    children = psutil.Process(fresh_server.process.pid).children(recursive=True)
+    assert len(children) >= 2, "the engine and its worker"
     fresh_server.process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     refused = []
@@ -70,14 +72,16 @@ def test_sigterm_lets_running_ensembles_finish_and_refuses_new_ones(fresh_server
     assert load.wait() == [200] * 5
     assert set(refused) == {503}
     assert fresh_server.process.wait(timeout=30) == 0
+    assert psutil.wait_procs(children, timeout=10)[1] == [], "processes left behind"
     assert not list(Path("/dev/shm").glob(f"credence-*{fresh_server.process.pid}*"))
 
 
 def test_a_killed_engine_ends_every_request_and_the_process(fresh_server: Server) -> None:
     load = Load(fresh_server, [{**BODY, "uncertainty": {"n_samples": 8}}] * 2 + [BODY])
     time.sleep(0.5)
-    for child in psutil.Process(fresh_server.process.pid).children(recursive=True):
-        os.kill(child.pid, signal.SIGKILL)
+    children = psutil.Process(fresh_server.process.pid).children(recursive=True)
+    engine = next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
+    engine.kill()
     killed = time.monotonic()
     statuses = load.wait()
     assert all(status in (500, 503) for status in statuses), statuses
@@ -87,6 +91,7 @@ def test_a_killed_engine_ends_every_request_and_the_process(fresh_server: Server
     except httpx.TransportError:
         pass  # it has left already
     assert fresh_server.process.wait(timeout=30) == 1
+    assert psutil.wait_procs(children, timeout=10)[1] == [], "processes left behind"
     assert "exits with code 1" in fresh_server.log.read_text()
 
 
