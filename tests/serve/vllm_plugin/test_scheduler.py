@@ -105,7 +105,7 @@ def test_the_worst_case_is_reserved_not_the_prompt() -> None:
 @both
 def test_the_watermark_does_not_keep_members_from_their_reserved_blocks(is_async: bool) -> None:
     engine = Engine(is_async=is_async, blocks=20, watermark=0.3, caching=False)
-    engine.add_gang("g", 2, prompt=20, max_tokens=20)
+    engine.add_gang("g", 2, prompt=36, max_tokens=4)
     engine.run()
 
 
