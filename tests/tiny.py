@@ -74,6 +74,8 @@ def make_artifact(
     rank: int = RANK,
     alpha: float = ALPHA,
     modules: tuple[str, ...] = tuple(SHAPES),
+    shapes: dict[str, tuple[int, int]] = SHAPES,
+    layers: int = LAYERS,
     noise: float = 1.0,
     tau: dict[int, float] | None = None,
 ) -> Artifact:
@@ -81,9 +83,9 @@ def make_artifact(
     generator = torch.Generator().manual_seed(seed)
     mean: dict[str, LoraFactors] = {}
     posteriors: dict[str, Posterior] = {}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for name in modules:
-            n_out, n_in = SHAPES[name]
+            n_out, n_in = shapes[name]
             module = f"model.layers.{layer}.{name}"
             A = 0.2 * torch.randn(rank, n_in, generator=generator)
             B = 0.05 * torch.randn(n_out, rank, generator=generator)
