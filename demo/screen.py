@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -10,8 +11,13 @@ from credence.demo.ask import Case, Separation
 from credence.demo.world import KINDS, Kind
 
 EXAMPLES_PER_KIND = 4
-BAR_CELLS = 16
-BAR_NATS = 1.6
+# Widths in characters: of the columns of text, of the four columns of numbers with all gaps, of a bar.
+LEAST_SENTENCE_CELLS, MOST_SENTENCE_CELLS = 22, 37
+LEAST_TRUTH_CELLS, MOST_TRUTH_CELLS = 12, 34
+NUMBER_CELLS = 33
+BAR_CELLS = 12
+BAR_NATS = 1.0
+ALEATORIC_STYLE, EPISTEMIC_STYLE = "blue", "magenta"
 AIM = 0.85
 # Upper bounds of a token's total in nats, and how such a token looks.
 TOKEN_STYLES = ((0.3, "black on green"), (1.0, "black on yellow"), (float("inf"), "bold white on red"))
@@ -40,7 +46,9 @@ def bar(case: Case) -> Text:
     """One bar as long as the total: its aleatoric part, then its epistemic part."""
     filled = min(BAR_CELLS, round(BAR_CELLS * case.total / BAR_NATS))
     epistemic = min(filled, round(BAR_CELLS * case.epistemic / BAR_NATS))
-    return Text.assemble(("█" * (filled - epistemic), "blue"), ("▓" * epistemic, "magenta"), "·" * (BAR_CELLS - filled))
+    return Text.assemble(
+        ("█" * (filled - epistemic), ALEATORIC_STYLE), ("▓" * epistemic, EPISTEMIC_STYLE), "·" * (BAR_CELLS - filled)
+    )
 
 
 def truth(case: Case) -> Text:
@@ -50,31 +58,26 @@ def truth(case: Case) -> Text:
     return Text(" / ".join(case.fact.answers))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def answers_table(cases: Sequence[Case], *, examples: int = EXAMPLES_PER_KIND) -> Table:
-    """The first answers of each kind, and the averages over all of them."""
-    table = Table(title_justify="left", show_lines=False, pad_edge=False)
-    table.add_column("question and answer", no_wrap=True)
-    table.add_column("what it was told", no_wrap=True)
-    for name in ("confidence", "total", "aleatoric", "epistemic"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("aleatoric █ epistemic ▓", no_wrap=True)
-    for kind in KINDS:
-        chosen = [case for case in cases if case.fact.kind == kind]
-        if not chosen:
-            continue
-        table.add_row(Text(KIND_TITLES[kind], style="bold"))
-        for case in chosen[:examples]:
-            numbers = (case.confidence, case.total, case.aleatoric, case.epistemic)
-            table.add_row(coloured(case), truth(case), *(f"{number:.2f}" for number in numbers), bar(case))
-        averages = [_mean([getattr(case, name) for case in chosen]) for name in _SCORES]
-        table.add_row(
-            Text(f"average of {len(chosen)}", style="italic"), "", *(f"{number:.2f}" for number in averages),
-            end_section=True,
-        )  # fmt: skip
+def answers_table(kind: Kind, cases: Sequence[Case], *, width: int, examples: int = EXAMPLES_PER_KIND) -> Table:
+    """The first answers of one kind, and the averages over all of them, in `width` cells or a few more."""
+    text_cells = width - NUMBER_CELLS - BAR_CELLS
+    sentence_cells = max(LEAST_SENTENCE_CELLS, min(MOST_SENTENCE_CELLS, text_cells * 3 // 5))
+    title = Text(KIND_TITLES[kind], style="bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
+    table.add_column("question and answer", width=sentence_cells)
+    table.add_column(
+        "what it was told", width=max(LEAST_TRUTH_CELLS, min(MOST_TRUTH_CELLS, text_cells - sentence_cells))
+    )
+    for name in ("confi-\ndence", "total", "alea-\ntoric", "epi-\nstemic"):
+        table.add_column(name, justify="right", no_wrap=True, width=6)
+    table.add_column("", width=BAR_CELLS + 1)
+    for case in cases[:examples]:
+        numbers = (case.confidence, case.total, case.aleatoric, case.epistemic)
+        bars = Text(" ") + bar(case)
+        table.add_row(coloured(case), truth(case), *(f"{number:.2f}" for number in numbers), bars)
+    averages = [sum(getattr(case, name) for case in cases) / len(cases) for name in _SCORES]
+    name = Text(f"average of {len(cases)} answers", style="italic")
+    table.add_row(name, "", *(f"{number:.2f}" for number in averages))
     return table
 
 
@@ -116,7 +119,12 @@ def verdict(separation: Separation) -> list[str]:
 
 def separation_table(separation: Separation, counts: Mapping[Kind, int]) -> Table:
     """The areas under the ROC curve, one a row."""
-    table = Table(title="AUROC (1 = always right, 0.5 = a coin)", title_justify="left", pad_edge=False)
+    table = Table(
+        title="Can the scores tell the kinds apart? AUROC: 1 always, 0.5 a coin",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("told apart")
     table.add_column("by")
     table.add_column("AUROC", justify="right")
@@ -151,9 +159,15 @@ def show(
         (f" below {bounds[0]} nats ", TOKEN_STYLES[0][1]), " ",
         (f" below {bounds[1]} ", TOKEN_STYLES[1][1]), " ",
         (" above ", TOKEN_STYLES[2][1]),
-        f". Scores are nats per token, from {n_samples} posterior samples.",
+        ".\nScores are nats per token, from ", f"{n_samples} posterior samples. Bars: total = ",
+        ("█", ALEATORIC_STYLE), " aleatoric + ", ("▓", EPISTEMIC_STYLE), " epistemic.",
     )  # fmt: skip
-    console.print(Group(Text(), legend, answers_table(cases), Text(), separation_table(separation, counts)))
+    tables = [
+        answers_table(kind, [case for case in cases if case.fact.kind == kind], width=console.width)
+        for kind in KINDS
+        if counts[kind]
+    ]
+    console.print(Group(Text(), legend, Text(), *tables, separation_table(separation, counts)))
     for line in verdict(separation):
         console.print(Text(line, style="bold red" if " NOT " in line else "bold green"))
     if latency_ms:

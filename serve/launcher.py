@@ -60,7 +60,7 @@ def main(
             config,
             rank=server.smallest_lora_rank(rank),
             modules=modules,
-            scheduler=server.default_scheduler(),
+            scheduler=server.SCHEDULER,
             given=extra_args,
         )
         return server.run([*argv, *extra_args])

@@ -39,7 +39,7 @@ from credence.serve.gate import Answer, Gate, Scope
 from credence.serve.metrics import Metrics
 from credence.serve.schemas import UncertaintyOptions
 from credence.serve.vllm_plugin.engine_client import CURRENT_GANG, EnsembleClient, VllmSampleEngine
-from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler
+from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler, gang_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +117,10 @@ def check_engine(engine_client: EngineClient, args: Namespace) -> None:
     config = engine_client.vllm_config
     needed = GangAsyncScheduler if config.scheduler_config.async_scheduling else GangScheduler
     scheduler = config.scheduler_config.get_scheduler_cls()
-    if not issubclass(scheduler, needed):
+    if scheduler not in (gang_scheduler, needed):
         raise ConfigurationError(
             f"the engine runs with the scheduler {scheduler.__qualname__}, ensembles need --scheduler-cls "
-            f"{needed.__module__}.{needed.__name__}; start the server with `credence serve`"
+            f"{gang_scheduler.__module__}.{gang_scheduler.__name__}; start the server with `credence serve`"
         )
     if config.lora_config is None:
         raise ConfigurationError(

@@ -17,16 +17,18 @@ from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
-from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from credence.serve.config import from_environment
 from credence.serve.ensemble import check_limits
 from credence.serve.errors import ConfigurationError
-from credence.serve.vllm_plugin import endpoint, general, logits_processor, scheduler
+from credence.serve.vllm_plugin import endpoint, general, logits_processor
+from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler, gang_scheduler
 
 logger = logging.getLogger(__name__)
+
+SCHEDULER = f"{gang_scheduler.__module__}.{gang_scheduler.__name__}"
 
 PLUGINS = {
     "vllm.general_plugins": ("credence", general.register),
@@ -70,7 +72,7 @@ def check_arguments(args: Namespace) -> None:
     if (getattr(args, "api_server_count", None) or 1) > 1:
         raise ConfigurationError("several API processes would not see each other's samples; use --api-server-count 1")
     chosen = resolve_obj_by_qualname(args.scheduler_cls) if isinstance(args.scheduler_cls, str) else args.scheduler_cls
-    if chosen not in (scheduler.GangScheduler, scheduler.GangAsyncScheduler):
+    if chosen not in (gang_scheduler, GangScheduler, GangAsyncScheduler):
         raise ConfigurationError(
             f"--scheduler-cls {args.scheduler_cls} would not keep the members of an ensemble together; leave the flag out"
         )
@@ -85,12 +87,6 @@ def check_entry_points() -> None:
                 f"the plugin {name} of {group} is registered {len(found)} times or by another package; "
                 "reinstall credence in this environment"
             )
-
-
-def default_scheduler() -> str:
-    """The gang scheduler that fits the platform's default: vLLM schedules asynchronously everywhere but on CPU."""
-    cls = scheduler.GangScheduler if current_platform.is_cpu() else scheduler.GangAsyncScheduler
-    return f"{cls.__module__}.{cls.__name__}"
 
 
 def smallest_lora_rank(rank: int) -> int:

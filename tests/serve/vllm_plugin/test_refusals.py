@@ -11,9 +11,9 @@ from credence.serve.config import ServeConfig
 from credence.serve.errors import ConfigurationError
 from credence.serve.launcher import set_environment
 from credence.serve.vllm_plugin import endpoint, server
-from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler
+from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler, gang_scheduler
 
-GANG = server.default_scheduler()
+GANG = server.SCHEDULER
 STOCK = "vllm.v1.core.sched.scheduler.Scheduler"
 
 
@@ -73,13 +73,14 @@ def engine(**changes: Any) -> Any:
 def test_engines_that_pass() -> None:
     endpoint.check_engine(engine(), Namespace())
     endpoint.check_engine(engine(asynchronous=True, scheduler=GangAsyncScheduler), Namespace())
+    endpoint.check_engine(engine(scheduler=gang_scheduler), Namespace())
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"scheduler": dict}, "scheduler dict"),
-        ({"asynchronous": True}, "GangAsyncScheduler"),
+        ({"asynchronous": True}, "scheduler GangScheduler, ensembles need"),
         ({"lora": None}, "without LoRA"),
         ({"speculative": object()}, "speculative"),
         ({"replicas": 2}, "one server per replica"),
