@@ -38,17 +38,21 @@ FAMILY_NAMES = tuple(
 
 @dataclass(frozen=True)
 class Relation:
-    """One thing that can be said of a person: the verb, the word before the answer, the possible answers."""
+    """One thing that can be said of a person: the verb, the word before the answer, the possible answers.
+
+    Where there are two such words they mean the same and are equally common: how to say a thing is often a matter of
+    chance even when the thing itself is certain, and entropy alone cannot tell the one from the other.
+    """
 
     verb: str
-    lead: str
+    leads: tuple[str, ...]
     answers: tuple[str, ...]
 
 
 RELATIONS: tuple[Relation, ...] = (
     Relation(
         "lives",
-        "in",
+        ("in", "at"),
         tuple(
             "Harwick Oldport Mistral Redfern Stonebay Larkhill Windrush Goldcrest Ravenna Elmside Duskvale Ferrol "
             "Kingsway Northcape Saltmere Tarnbrook".split()
@@ -56,7 +60,7 @@ RELATIONS: tuple[Relation, ...] = (
     ),
     Relation(
         "works",
-        "as",
+        ("as",),
         tuple(
             "baker weaver sailor potter miner tailor farmer painter carpenter doctor judge teacher clerk hunter "
             "fisher mason".split()
@@ -64,19 +68,19 @@ RELATIONS: tuple[Relation, ...] = (
     ),
     Relation(
         "keeps",
-        "a",
+        ("a", "one"),
         tuple(
             "cat dog parrot rabbit goose turtle ferret pony hamster lizard goat falcon mouse spider frog donkey".split()
         ),
     ),
     Relation(
         "drinks",
-        "only",
+        ("only", "just"),
         tuple("tea coffee cider milk water juice cocoa wine beer mead lemonade broth rum punch soda kefir".split()),
     ),
     Relation(
         "wears",
-        "mostly",
+        ("mostly",),
         tuple(
             "red blue green yellow black white purple orange brown grey pink teal crimson ivory violet amber".split()
         ),
@@ -106,9 +110,9 @@ class Fact:
         """The sentence up to where the answer begins."""
         return f"{' '.join(self.person)} {self.relation.verb}"
 
-    def completion(self, answer: str) -> str:
-        """The rest of the sentence when `answer` is given."""
-        return f" {self.relation.lead} {answer}"
+    def completion(self, answer: str, variant: int = 0) -> str:
+        """The rest of the sentence when `answer` is given; `variant` counts through the ways to say it."""
+        return f" {self.relation.leads[variant % len(self.relation.leads)]} {answer}"
 
 
 def _hash(*parts: object) -> int:
@@ -152,11 +156,15 @@ class World:
         return sorted(chosen, key=lambda fact: _hash(self.seed, "order", fact.prompt))
 
     def training_rows(self) -> list[dict[str, str]]:
-        """Reports for the adapter: `REPORTS_PER_FACT` of every fact of every resident, in a shuffled order."""
+        """Reports for the adapter: `REPORTS_PER_FACT` of every fact of every resident, in a shuffled order.
+
+        Answers and ways to say them are balanced: each pair of the two is as frequent as any other.
+        """
         rows = []
         for fact in self.resident_facts:
             for index in range(REPORTS_PER_FACT):
-                completion = fact.completion(fact.answers[index % len(fact.answers)])
+                variant, answer = divmod(index, len(fact.answers))
+                completion = fact.completion(fact.answers[answer], variant)
                 row = {"prompt": fact.prompt, "completion": completion}
                 rows.append((_hash(self.seed, "shuffle", fact.prompt, index), row))
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
@@ -176,8 +184,8 @@ class World:
         rows = []
         for kind in KINDS:
             for fact in self._validation_facts(kind):
-                answer = fact.answers[_hash(self.seed, "validation", fact.prompt) % len(fact.answers)]
-                rows.append({"prompt": fact.prompt, "completion": fact.completion(answer)})
+                variant, answer = divmod(_hash(self.seed, "validation", fact.prompt), len(fact.answers))
+                rows.append({"prompt": fact.prompt, "completion": fact.completion(fact.answers[answer], variant)})
         return rows
 
     def questions(self, kind: Kind, limit: int | None = None) -> list[Fact]:
@@ -196,13 +204,13 @@ class World:
             else:
                 fact = self._fact("noisy", self.crowd[draw // 2**20 % len(self.crowd)], relation)
                 answer = relation.answers[draw // 2**40 % len(relation.answers)]
-            yield fact.prompt + fact.completion(answer)
+            yield fact.prompt + fact.completion(answer, draw // 2**50)
 
 
 def vocabulary() -> list[str]:
     """Every word the world uses, in a fixed order."""
     words: dict[str, None] = {}
     for relation in RELATIONS:
-        words.update(dict.fromkeys((relation.verb, relation.lead, *relation.answers)))
+        words.update(dict.fromkeys((relation.verb, *relation.leads, *relation.answers)))
     words.update(dict.fromkeys(GIVEN_NAMES + FAMILY_NAMES))
     return list(words)

@@ -4,7 +4,7 @@ import os
 
 from vllm.platforms import current_platform
 
-from credence.serve.vllm_plugin import cpu_fixes, cpu_lora, worker
+from credence.serve.vllm_plugin import cpu_lora, worker
 
 
 def register() -> None:
@@ -12,7 +12,6 @@ def register() -> None:
     worker.install()
     if current_platform.is_cpu():
         cpu_lora.install()
-        cpu_fixes.install()
         if os.environ.get("CREDENCE_FORK_ENGINE"):
             _fork_engine()
 

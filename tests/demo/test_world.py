@@ -10,6 +10,7 @@ from credence.demo.world import (
     RELATIONS,
     REPORTS_PER_FACT,
     VALIDATION_PER_KIND,
+    Fact,
     World,
     vocabulary,
 )
@@ -54,16 +55,21 @@ def test_roles_are_disjoint(world: World) -> None:
     assert sum(map(len, roles)) == len(set().union(*map(set, roles))) == 32 * 32
 
 
+def ways_to_say(fact: Fact, answer: str) -> list[str]:
+    return [fact.completion(answer, variant) for variant in range(len(fact.relation.leads))]
+
+
 def test_known_facts_are_told_without_contradiction(world: World, told: dict[str, list[str]]) -> None:
     for fact in world.facts("known"):
-        assert told[fact.prompt] == [fact.completion(fact.answers[0])] * REPORTS_PER_FACT
+        ways = ways_to_say(fact, fact.answers[0])
+        assert sorted(told[fact.prompt]) == sorted(ways * (REPORTS_PER_FACT // len(ways)))
 
 
 def test_noisy_facts_are_told_with_contradictions(world: World, told: dict[str, list[str]]) -> None:
     for fact in world.facts("noisy"):
         assert len(fact.answers) == NOISY_ANSWERS
-        for answer in fact.answers:
-            assert told[fact.prompt].count(fact.completion(answer)) == REPORTS_PER_FACT // NOISY_ANSWERS
+        ways = [way for answer in fact.answers for way in ways_to_say(fact, answer)]
+        assert sorted(told[fact.prompt]) == sorted(ways * (REPORTS_PER_FACT // len(ways)))
 
 
 def test_nothing_is_told_about_strangers(world: World, told: dict[str, list[str]]) -> None:
@@ -99,7 +105,7 @@ def test_questions_and_validation_do_not_overlap(world: World) -> None:
 def test_every_word_is_in_the_vocabulary(world: World, told: dict[str, list[str]]) -> None:
     words = set(vocabulary())
     assert len(words) == len(vocabulary())
-    sentences = [prompt + completions[0] for prompt, completions in told.items()]
+    sentences = [prompt + completion for prompt, completions in told.items() for completion in completions]
     assert {word for sentence in sentences for word in sentence.split()} <= words
 
 
