@@ -76,8 +76,8 @@ def answers_table(kind: Kind, cases: Sequence[Case], *, width: int, examples: in
         bars = Text(" ") + bar(case)
         table.add_row(coloured(case), truth(case), *(f"{number:.2f}" for number in numbers), bars)
     averages = [sum(getattr(case, name) for case in cases) / len(cases) for name in _SCORES]
-    name = Text(f"average of {len(cases)} answers", style="italic")
-    table.add_row(name, "", *(f"{number:.2f}" for number in averages))
+    label = Text(f"average of {len(cases)} answers", style="italic")
+    table.add_row(label, "", *(f"{number:.2f}" for number in averages))
     return table
 
 
