@@ -79,11 +79,11 @@ def pretrain(
     batch_size: int = 64,
     learning_rate: float = 3e-3,
 ) -> float:
-    """Trains all weights on `steps` fresh batches (AdamW, cosine decay) and returns the last mean loss in nats."""
+    """Trains all weights on `steps` fresh batches (AdamW, cosine decay) and returns the last batch's loss, nats per token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     model.train()
-    started, running = time.monotonic(), float("nan")
+    started, value, running = time.monotonic(), float("nan"), float("nan")
     for step in range(steps):
         texts = [sentence + EOS for sentence in world.pretraining_reports(step * batch_size, batch_size)]
         batch = tokenizer(texts, return_tensors="pt", padding=True)
@@ -94,10 +94,11 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+        value = loss.item()
+        running = value if step == 0 else 0.98 * running + 0.02 * value
         if step % 100 == 99:
             logger.info("step %d of %d: loss %.3f, %.0f s", step + 1, steps, running, time.monotonic() - started)
-    return running
+    return value
 
 
 def main() -> None:

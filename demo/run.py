@@ -41,7 +41,7 @@ THREADS = 8
 LATENCY_KS = (0, 1, 2, 4, 8)
 LATENCY_REQUESTS = 10
 PLAIN_WIDTH = 110  # of the output where no terminal sets it
-# Chosen by the held-out NLL at the fitted tau; README.md beside this file lists everything that was tried.
+# README.md beside this file lists everything that was tried, and how this was chosen.
 TRAINING: dict[str, Any] = {
     "lora": {"r": 16, "alpha": 32, "target_modules": "all-linear"},
     "train": {

@@ -124,6 +124,8 @@ def defaults(
         "--lora-target-modules": list(modules),
         "--scheduler-cls": [scheduler],
         "--shutdown-timeout": ["30"],
+        # vLLM bounds n and the number of prompts, not their product: one request can hold 16 million sequences.
+        "--max-num-queued-reqs": [str(2 * config.max_inflight_rows)],
     }
     names = {flag.partition("=")[0].replace("_", "-") for flag in given if flag.startswith("--")}
     return [part for flag, values in wanted.items() if flag not in names for part in (flag, *values)]
