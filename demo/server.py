@@ -116,14 +116,15 @@ class Server:
         process = self._process
         if process is None:
             return
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
+        try:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
                 process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                pass
-        try:  # also what a server that is gone may have left behind
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except subprocess.TimeoutExpired:
             pass
-        process.wait()
+        finally:  # also after a second Ctrl-C, and for what a server that is gone may have left behind
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
