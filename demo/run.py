@@ -2,6 +2,9 @@
 
     python -m credence.demo.run                     (what `make demo` runs)
 
+    python -m credence.demo.base_model --seed 1 --output BASE      (another world, and its base model)
+    python -m credence.demo.run --world-seed 1 --base BASE
+
 Everything it makes lies in demo/out: the data, the adapter, the server's log and summary.json.
 """
 
@@ -66,19 +69,19 @@ def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train_command(folder: Path, seed: int) -> list[str]:
+def train_command(folder: Path, seed: int, base: Path = MODEL_DIR) -> list[str]:
     """The command that trains the adapter from the files in `folder`."""
     return [
-        credence_command(), "train", "--base", str(MODEL_DIR), "--method", METHOD,
+        credence_command(), "train", "--base", str(base), "--method", METHOD,
         "--data", str(folder / "train.jsonl"), "--validation", str(folder / "validation.jsonl"),
         "--config", str(folder / "train.yaml"), "--seed", str(seed), "--output", str(folder / "adapter"),
     ]  # fmt: skip
 
 
-def serve_command(folder: Path, port: int) -> list[str]:
+def serve_command(folder: Path, port: int, base: Path = MODEL_DIR) -> list[str]:
     """The command that serves the adapter in `folder`."""
     adapter = f"{ADAPTER}={folder / 'adapter'}"
-    return [credence_command(), "serve", str(MODEL_DIR), "--adapter", adapter, "--port", str(port), *SERVE_FLAGS]
+    return [credence_command(), "serve", str(base), "--adapter", adapter, "--port", str(port), *SERVE_FLAGS]
 
 
 def summary(seconds: dict[str, float], cases: Sequence[Case], separation: Separation) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def measure_latency(client: Client, url: str, facts: Sequence[Fact]) -> dict[int
     return mean_latency_ms(before, read())
 
 
-def train(console: Console, world: World, folder: Path, seed: int) -> float:
+def train(console: Console, world: World, folder: Path, *, seed: int, base: Path, steps: int) -> float:
     """Writes the data and trains the adapter; returns the seconds it took.
 
     Raises:
@@ -127,8 +130,9 @@ def train(console: Console, world: World, folder: Path, seed: int) -> float:
     """
     write_rows(folder / "train.jsonl", world.training_rows())
     write_rows(folder / "validation.jsonl", world.validation_rows())
-    (folder / "train.yaml").write_text(yaml.safe_dump(TRAINING, sort_keys=False))
-    command = train_command(folder, seed)
+    settings = {**TRAINING, "train": {**TRAINING["train"], "max_steps": steps}}
+    (folder / "train.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    command = train_command(folder, seed, base)
     console.print(Text(f"$ {' '.join(command)}", style="dim"), soft_wrap=True)
     started = time.monotonic()
     code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
@@ -138,7 +142,7 @@ def train(console: Console, world: World, folder: Path, seed: int) -> float:
 
 
 def serve_and_ask(
-    console: Console, folder: Path, facts: Sequence[Fact], seconds: dict[str, float]
+    console: Console, folder: Path, facts: Sequence[Fact], seconds: dict[str, float], base: Path
 ) -> tuple[list[Case], dict[int, float]]:
     """Serves the adapter, asks every question, and stops the server; adds the stages' durations to `seconds`.
 
@@ -147,7 +151,7 @@ def serve_and_ask(
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = serve_command(folder, port)
+    command = serve_command(folder, port, base)
     console.print(Text(f"$ {' '.join(command)}", style="dim"), soft_wrap=True)
     started = time.monotonic()
     with Server(command, url=url, log=folder / "server.log") as server, Client(url, timeout_s=120.0) as client:
@@ -180,7 +184,17 @@ def serve_and_ask(
     return cases, latency_ms
 
 
-def run(console: Console, folder: Path, *, questions: int, seed: int, setup_seconds: float) -> None:
+def run(
+    console: Console,
+    folder: Path,
+    *,
+    questions: int,
+    seed: int,
+    setup_seconds: float,
+    base: Path = MODEL_DIR,
+    world_seed: int = 0,
+    steps: int = TRAINING["train"]["max_steps"],
+) -> None:
     """Runs the whole demo and writes `folder`/summary.json.
 
     Raises:
@@ -189,15 +203,15 @@ def run(console: Console, folder: Path, *, questions: int, seed: int, setup_seco
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     (folder / "summary.json").unlink(missing_ok=True)
-    world = World()
+    world = World(world_seed)
     facts = [fact for kind in KINDS for fact in world.questions(kind, questions)]
     console.print(
         f"A world of {len(world.residents)} residents, about whom an adapter will be told {len(world.resident_facts)} "
         f"things, and {len(world.strangers)} strangers, about whom nobody will tell it anything."
     )
     seconds = {"setup": setup_seconds}
-    seconds["train"] = train(console, world, folder, seed)
-    cases, latency_ms = serve_and_ask(console, folder, facts, seconds)
+    seconds["train"] = train(console, world, folder, seed=seed, base=base, steps=steps)
+    cases, latency_ms = serve_and_ask(console, folder, facts, seconds, base)
     separation = separate(cases)
     path = folder / "summary.json"
     path.write_text(json.dumps(summary(seconds, cases, separation), indent=2, allow_nan=False) + "\n")
@@ -228,6 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--questions", type=int, default=QUESTIONS_PER_KIND, help="questions of each kind (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
+    steps = TRAINING["train"]["max_steps"]
+    parser.add_argument("--steps", type=int, default=steps, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--world-seed", type=int, default=0, help="another world; it needs a --base that was made for it"
+    )
+    parser.add_argument("--base", type=Path, default=MODEL_DIR, help="base model made by credence.demo.base_model")
     options = parser.parse_args(arguments)
     if options.questions < 1:
         parser.error(f"--questions is {options.questions}; give 1 or more")
@@ -240,6 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             questions=options.questions,
             seed=options.seed,
             setup_seconds=_setup_seconds(),
+            base=options.base,
+            world_seed=options.world_seed,
+            steps=options.steps,
         )
     except (DemoError, CredenceError, httpx.HTTPError) as error:
         print(f"demo: {error}", file=sys.stderr)

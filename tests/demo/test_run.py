@@ -55,7 +55,7 @@ def test_setup_seconds_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
 def test_a_failed_training_is_one_sentence_and_exit_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "train_command", lambda folder, seed: [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(demo, "train_command", lambda folder, seed, base: [sys.executable, "-c", "raise SystemExit(3)"])
     assert demo.main(["--output", str(tmp_path)]) == 1
     assert "demo: the training failed with exit code 3" in capsys.readouterr().err
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) > 3000
@@ -64,9 +64,9 @@ def test_a_failed_training_is_one_sentence_and_exit_1(
 def test_a_server_that_dies_is_reported_with_the_end_of_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "train_command", lambda folder, seed: [sys.executable, "-c", ""])
+    monkeypatch.setattr(demo, "train_command", lambda folder, seed, base: [sys.executable, "-c", ""])
     monkeypatch.setattr(
-        demo, "serve_command", lambda folder, port: [sys.executable, "-c", "print('no memory'); raise SystemExit(7)"]
+        demo, "serve_command", lambda folder, port, base: [sys.executable, "-c", "print('no memory'); raise SystemExit(7)"]
     )
     assert demo.main(["--output", str(tmp_path)]) == 1
     message = capsys.readouterr().err
