@@ -66,7 +66,9 @@ def test_a_server_that_dies_is_reported_with_the_end_of_its_log(
 ) -> None:
     monkeypatch.setattr(demo, "train_command", lambda folder, seed, base: [sys.executable, "-c", ""])
     monkeypatch.setattr(
-        demo, "serve_command", lambda folder, port, base: [sys.executable, "-c", "print('no memory'); raise SystemExit(7)"]
+        demo,
+        "serve_command",
+        lambda folder, port, base: [sys.executable, "-c", "print('no memory'); raise SystemExit(7)"],
     )
     assert demo.main(["--output", str(tmp_path)]) == 1
     message = capsys.readouterr().err
