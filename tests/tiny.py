@@ -1,12 +1,14 @@
 """A tiny random Llama with grouped-query attention, its tokenizer and artifacts that fit it, for tests that run real engines."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from credence.adapters import (
     Artifact,
     BaseModelRef,
+    Calibration,
     DiagPosterior,
     Fit,
     LoraFactors,
@@ -78,6 +80,8 @@ def make_artifact(
     layers: int = LAYERS,
     noise: float = 1.0,
     tau: dict[int, float] | None = None,
+    temperature: dict[int, float] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> Artifact:
     """Writes an artifact with visible noise on every adapted module; alpha / r is no power of two by default."""
     generator = torch.Generator().manual_seed(seed)
@@ -128,6 +132,8 @@ def make_artifact(
             target_modules=targets,
             settings=settings,
             tau={k: Fit(value=value, nll=0.0) for k, value in (tau or {}).items()},
+            training=training or {},
         ),
+        calibration=Calibration(temperature={k: Fit(value=value, nll=0.0) for k, value in (temperature or {}).items()}),
     )
     return load_artifact(path)

@@ -117,7 +117,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     folder = tmp_path_factory.mktemp("artifacts")
     return {
         "diag": make_artifact(folder / "diag", kind="diag"),
-        "row": make_artifact(folder / "row", kind="row", seed=6, tau={8: 2.0}),
+        "row": make_artifact(folder / "row", kind="row", seed=6, tau={8: 2.0}, temperature={0: 0.8, 2: 1.3, 8: 1.7}),
         "point": make_artifact(folder / "point", kind="point", seed=7),
     }
 

@@ -18,6 +18,8 @@ class Step:
     aleatoric: float
     epistemic: float
     log_prob: float
+    calibrated: float
+    """Log-probability of the token after the temperature, ln (p^(1/T) / sum p^(1/T))."""
 
 
 class Reference:
@@ -32,7 +34,9 @@ class Reference:
         self.model.eval()
 
     @torch.no_grad()
-    def greedy(self, prompt: list[int], num_tokens: int, names: list[str | None]) -> list[Step]:
+    def greedy(
+        self, prompt: list[int], num_tokens: int, names: list[str | None], temperature: float = 1.0
+    ) -> list[Step]:
         """Greedy decoding of the average of ``names`` (None: the bare base model), in float64 after the logits.
 
         By the definitions: p = mean_k p_k, total H[p], aleatoric mean_k H[p_k]. PEFT's mixed batches give each row its own adapter.
@@ -49,6 +53,8 @@ class Reference:
             token = int(average.argmax())
             total = float(-(average * average.log()).sum())
             aleatoric = float(-(members * members.log()).sum(-1).mean())
-            steps.append(Step(token, total, aleatoric, total - aleatoric, float(average[token].log())))
+            tempered = average ** (1 / temperature)
+            calibrated = float((tempered[token] / tempered.sum()).log())
+            steps.append(Step(token, total, aleatoric, total - aleatoric, float(average[token].log()), calibrated))
             ids = [token]
         return steps

@@ -46,6 +46,13 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     return {
         "triage": make_artifact(folder / "triage", tau={8: 3.0, 32: 5.0}, **small),
         "map": make_artifact(folder / "map", kind="point", **small),
+        "labels": make_artifact(
+            folder / "labels",
+            temperature={0: 0.5, 2: 1.5, 8: 3.0},
+            training={"format": "label", "label_tokens": [10, 40]},
+            **small,
+        ),
+        "choices": make_artifact(folder / "choices", temperature={2: 1.5}, training={"format": "choices"}, **small),
     }
 
 
@@ -95,7 +102,7 @@ def test_defaults_come_from_the_server_and_the_artifact(world: World) -> None:
 @pytest.mark.parametrize(
     ("model", "options", "param", "said"),
     [
-        ("base", {}, "model", "models with one: map, triage"),
+        ("base", {}, "model", "models with one: choices, labels, map, triage"),
         ("triage", {"n_samples": 9}, "uncertainty.n_samples", "1 to 8 for triage, got 9"),
         ("map", {"n_samples": 2}, "uncertainty.n_samples", "no posterior"),
         ("triage", {"n_samples": 2, "min_samples": 3}, "uncertainty.min_samples", "at most n_samples = 2"),
@@ -135,13 +142,13 @@ def test_a_gang_that_could_never_fit_the_cache_is_refused(world: World) -> None:
 def test_samples_are_drawn_once_and_leases_end(world: World) -> None:
     async def scenario() -> None:
         await world.service.warm_up()
-        assert world.engine.loads == 5, "four samples, and the mean of the adapter without posterior"
+        assert world.engine.loads == 13, "four samples, and the mean of the adapter without posterior"
         for _ in range(3):
             async with world.service.gang(world.plan()) as gang:
                 assert [slot.ref.index for slot in gang.slots] == [0, 1, 2, 3]
                 assert {slot.lora_id for slot in gang.slots} <= set(world.engine.held)
                 assert world.count("credence_sample_slots", state="leased") == 4
-        assert world.engine.loads == 5
+        assert world.engine.loads == 13
 
     asyncio.run(scenario())
     assert world.count("credence_sample_slots", state="leased") == 0
@@ -285,5 +292,47 @@ def test_no_room_for_statistics(world: World) -> None:
             Path(world.config.stats_dir, gang.gang_id).write_text("in the way")
             with pytest.raises(Unavailable, match="no room for the statistics"):
                 world.service.open_stats(gang, 4)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "calibrated_log_prob", "confidence", "calibrated"),
+    [
+        ("labels", {}, math.log(0.7), 0.7, True),
+        ("labels", {}, math.nan, 0.5, False),  # the answer is none of the labels
+        ("labels", {"calibrated": False}, math.log(0.7), 0.5, False),
+        ("triage", {}, math.log(0.7), 0.5, False),  # nothing is stored
+        ("choices", {}, math.log(0.7), 0.5, False),  # the server does not know the row's letters
+    ],
+)
+def test_confidence_uses_the_stored_calibration_where_it_applies(
+    world: World, model: str, options: dict, calibrated_log_prob: float, confidence: float, calibrated: bool
+) -> None:
+    """A classification adapter's confidence is that of its first token, the answer."""
+
+    async def scenario() -> None:
+        async with world.service.gang(world.plan(model, n_samples=2, **options)) as gang:
+            world.service.open_stats(gang, 8)
+            assert gang.stats is not None
+            for step, value in enumerate((calibrated_log_prob, math.log(0.01))):
+                gang.stats.write(step, 10, math.log(0.5), 0.6, 0.4, 0.2, 0.0, [0.0, 0.0], calibrated_log_prob=value)
+            document = describe(gang, [10, 10], ["a", "b"]).to_json()
+        assert document["confidence"] == pytest.approx(confidence)
+        assert document["calibrated"] is calibrated
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("options", "temperature"), [({"n_samples": 2}, 1.5), ({"n_samples": 8}, 3.0), ({"tau": 0.0}, 0.5)]
+)
+def test_the_temperature_is_that_of_this_k_and_at_tau_zero_the_means(
+    world: World, options: dict, temperature: float
+) -> None:
+    async def scenario() -> None:
+        async with world.service.gang(world.plan("labels", **options)) as gang:
+            assert gang.temperature == temperature
+            assert gang.plan.adapter.support == (10, 40)
 
     asyncio.run(scenario())

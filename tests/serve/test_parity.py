@@ -1,5 +1,6 @@
 """The test that matters most: what vLLM serves over HTTP is what a slow transformers + PEFT loop computes."""
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,7 +52,9 @@ def check_parity(server: Server, base: Path, artifacts: dict[str, Artifact], fol
         ordinary = [future.result() for future in mixed]
 
     for (name, k, number), choice in zip(ensembles, served, strict=True):
-        expected = references[name].greedy(PROMPTS[number], NEW_TOKENS, [f"s{index}" for index in range(k)])
+        calibration = artifacts[name].calibration
+        members = [f"s{index}" for index in range(k)]
+        expected = references[name].greedy(PROMPTS[number], NEW_TOKENS, members, calibration.fitted_temperature(k))
         where = f"{name} K={k} prompt {number}"
         assert choice["token_ids"] == [step.token for step in expected], where
         uncertainty = choice["uncertainty"]
@@ -62,6 +65,9 @@ def check_parity(server: Server, base: Path, artifacts: dict[str, Artifact], fol
                 assert token[score] == pytest.approx(getattr(step, score), abs=1e-4), f"{where} {score}"
             assert token["logprob"] == pytest.approx(step.log_prob, abs=1e-4), where
             assert token["total"] == pytest.approx(token["aleatoric"] + token["epistemic"], abs=1e-6)
+        assert uncertainty["calibrated"] == bool(calibration.temperature)
+        confidence = math.exp(sum(step.calibrated for step in expected) / NEW_TOKENS)
+        assert uncertainty["confidence"] == pytest.approx(confidence, abs=1e-4), where
         for score in ("total", "aleatoric", "epistemic"):
             average = sum(getattr(step, score) for step in expected) / NEW_TOKENS
             assert uncertainty[score] == pytest.approx(average, abs=1e-4), f"{where} {score}"
