@@ -1,58 +1,45 @@
 """The synchronous client: one method per question a caller has for a Credence server.
 
-Retried, with exponential backoff and at most `max_retries` times: a connection that could not be made, and a 429 or
-503 that carries Retry-After. Never retried: a request whose outcome is unknown (it was sent, and no answer came),
-because the server may have done the work. Logger: `credence.clients.client`, retries at INFO; no prompts, no keys.
+What is retried, and what never is, stands in `credence.clients.transport`.
 """
 
-import logging
-import random
-import time
-import uuid
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 import httpx
-from pydantic import BaseModel, ValidationError
 
-from credence.clients.errors import (
-    ConnectionFailedError,
-    CredenceError,
-    InvalidResponseError,
-    RequestTimeoutError,
-    StatusError,
-    TransportError,
-    UncertaintyMissingError,
-    error_from_response,
-)
-from credence.clients.types import (
-    Completion,
+from credence.clients.errors import UncertaintyMissingError
+from credence.clients.requests import (
+    ChatRequest,
     CompletionRequest,
-    Granularity,
-    Mode,
+    GenerationOptions,
+    Messages,
+    Prompt,
+    ScoringOptions,
+    generation_body,
+    score_body,
+)
+from credence.clients.streaming import Stream
+from credence.clients.transport import Reply, Transport
+from credence.clients.types import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
     Model,
     ModelList,
-    UncertaintyOptions,
+    Score,
 )
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 60.0
 DEFAULT_MAX_RETRIES = 2
-CONNECT_TIMEOUT_S = 5.0
-FIRST_DELAY_S = 0.5
-MAX_DELAY_S = 8.0
-# A server that asks for more patience than this gets the error raised instead: the caller decides.
-MAX_RETRY_AFTER_S = 60.0
-# Below the five seconds after which uvicorn closes an idle connection: a request sent into a closing connection
-# has an unknown outcome and could not be retried.
-KEEPALIVE_EXPIRY_S = 3.0
 
-_TEXT_FIELDS = frozenset({"prompt", "stop", "choices"})
-_RETRIED_STATUSES = frozenset({429, 503})
+_COMPLETIONS = "/v1/completions"
+_CHAT_COMPLETIONS = "/v1/chat/completions"
+_SCORE = "/v1/uncertainty/score"
 
-_AnswerT = TypeVar("_AnswerT", bound=BaseModel)
+_AnswerT = TypeVar("_AnswerT", Completion, ChatCompletion)
 
 
 class Client:
@@ -80,31 +67,20 @@ class Client:
         Args:
             base_url: Address of the server, with or without `/v1`.
             api_key: Sent as a bearer token.
-            timeout_s: Longest wait for the answer, in seconds, for each attempt.
+            timeout_s: Longest wait for the answer, in seconds, for each attempt; of a stream, for each piece of it.
             max_retries: Attempts after the first.
             transport: An httpx transport, to test without a network.
 
         Raises:
             ValueError: If an argument is not usable; the message never contains the key.
         """
-        self._base_url = _checked_base_url(base_url)
-        if isinstance(timeout_s, bool) or not 0.0 < timeout_s < float("inf"):
-            raise ValueError(f"timeout_s is {timeout_s!r}; give a positive number of seconds")
-        if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
-            raise ValueError(f"max_retries is {max_retries!r}; give a whole number, 0 or more")
-        if api_key is not None and (not api_key.isascii() or not api_key.isprintable() or not api_key.strip(" ")):
-            raise ValueError("api_key is empty or has characters that no HTTP header may carry; give printable ASCII")
-        self._max_retries = max_retries
-        self._http = httpx.Client(
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key.strip(' ')}"},
-            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
-            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_EXPIRY_S),
-            transport=transport,
+        self._transport = Transport(
+            base_url, api_key=api_key, timeout_s=timeout_s, max_retries=max_retries, transport=transport
         )
 
     def __repr__(self) -> str:
         """Return the address only: the key stays out of logs."""
-        return f"Client({self._base_url!r})"
+        return f"Client({self._transport.base_url!r})"
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -118,45 +94,25 @@ class Client:
 
     def close(self) -> None:
         """Close the connections; the client cannot be used afterwards."""
-        self._http.close()
+        self._transport.close()
 
     def complete(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt | Sequence[Prompt],
         *,
         model: str,
         uncertainty: bool = False,
-        n_samples: int | None = None,
-        mode: Mode | None = None,
-        tau: float | None = None,
-        seed: int | None = None,
-        choices: Sequence[str] | None = None,
-        granularity: Granularity | None = None,
-        return_samples: bool | None = None,
-        min_samples: int | None = None,
-        threshold: float | None = None,
-        calibrated: bool | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
-        n: int | None = None,
-        sampling_seed: int | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Completion:
-        """Complete a prompt, with the uncertainty of the answer when asked for.
-
-        What is None is left to the server. The options from `n_samples` to `calibrated` need `uncertainty=True` and
-        are described at `UncertaintyOptions`; the rest are OpenAI's and vLLM's sampling parameters.
+        """Complete a prompt or several, with the uncertainty of each completion when asked for.
 
         Args:
-            prompt: Text, or token ids.
+            prompt: Text or token ids, or a list of texts or of lists of token ids.
             model: Name of an adapter (or of the base model, without uncertainty).
             uncertainty: Ask for the uncertainty of every choice.
-            seed: Seed of the posterior samples; `sampling_seed` is the one of the token sampling.
-            n: Number of completions.
+            logprobs: Number of most likely tokens to report at each position.
+            options: See `GenerationOptions`; what is left out or None is the server's default.
 
         Returns:
             The completion; with `uncertainty=True` every choice has its `uncertainty`.
@@ -166,48 +122,161 @@ class Client:
             UncertaintyMissingError: The server ignored the question for uncertainty.
             CredenceError: Anything else that goes wrong; see `credence.clients.errors`.
         """
-        options = _given(
-            n_samples=n_samples,
-            mode=mode,
-            tau=tau,
-            seed=seed,
-            choices=_as_list(choices),
-            granularity=granularity,
-            return_samples=return_samples,
-            min_samples=min_samples,
-            threshold=threshold,
-            calibrated=calibrated,
-        )
-        request = _validated(
+        body = generation_body(
             CompletionRequest,
-            _given(
-                model=model,
-                prompt=_as_list(prompt),
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                stop=_as_list(stop),
-                logprobs=logprobs,
-                n=n,
-                seed=sampling_seed,
-                uncertainty=_uncertainty_field(uncertainty, options),
-            ),
+            uncertainty=uncertainty,
+            options=options,
+            stream=False,
+            model=model,
+            prompt=prompt,
+            logprobs=logprobs,
         )
-        request_id = uuid.uuid4().hex
-        response = self._send("POST", "/v1/completions", request_id, request.model_dump(exclude_none=True))
-        completion = _parsed(Completion, response, request_id)
-        completion = completion.model_copy(update={"request_id": response.headers.get("x-request-id") or request_id})
-        missing = tuple(choice.index for choice in completion.choices if choice.uncertainty is None)
-        if uncertainty and missing:
-            raise UncertaintyMissingError(
-                f"uncertainty was asked for, but choices {list(missing)} of model {model!r} came back without it; "
-                "the server is probably a plain vLLM: start it with `credence serve`",
-                choice_indices=missing,
-                request_id=completion.request_id,
-            )
-        return completion
+        reply = self._transport.send("POST", _COMPLETIONS, body)
+        return _checked(reply.parsed(Completion), reply, uncertainty)
+
+    def stream_complete(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        model: str,
+        uncertainty: bool = False,
+        logprobs: int | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Stream[CompletionChunk]:
+        """Complete a prompt or several, and hand out the text as it is generated.
+
+        The request is sent by the call; its errors are raised here, those of the answer's course by the iteration. With mode
+        `ensemble` and granularity `token` every chunk has the scores of its tokens; the other modes send them with the end.
+
+        Args:
+            prompt: Text or token ids, or a list of texts or of lists of token ids.
+            model: Name of an adapter (or of the base model, without uncertainty).
+            uncertainty: Ask for the uncertainty of every choice.
+            logprobs: Number of most likely tokens to report at each position.
+            options: See `GenerationOptions`; what is left out or None is the server's default.
+
+        Returns:
+            An iterator of chunks, to be closed (it is a context manager) unless it is read to its end.
+
+        Raises:
+            ValueError: An argument is wrong; nothing was sent.
+            CredenceError: See `credence.clients.errors`, and `Stream` for what the iteration raises.
+        """
+        body = generation_body(
+            CompletionRequest,
+            uncertainty=uncertainty,
+            options=options,
+            stream=True,
+            model=model,
+            prompt=prompt,
+            logprobs=logprobs,
+        )
+        reply = self._transport.send("POST", _COMPLETIONS, body, stream=True)
+        return Stream(reply, CompletionChunk, transport=self._transport, uncertainty=uncertainty)
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        model: str,
+        uncertainty: bool = False,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> ChatCompletion:
+        """Answer a conversation, with the uncertainty of each answer when asked for.
+
+        Args:
+            messages: The conversation, oldest first: OpenAI's messages, for example `{"role": "user", "content": "hello"}`.
+            model: Name of an adapter (or of the base model, without uncertainty).
+            uncertainty: Ask for the uncertainty of every choice.
+            logprobs: Report the log-probabilities of the answer's tokens.
+            top_logprobs: Number of most likely tokens to report at each position.
+            options: See `GenerationOptions`; what is left out or None is the server's default.
+
+        Returns:
+            The answer; with `uncertainty=True` every choice has its `uncertainty`.
+
+        Raises:
+            ValueError: An argument is wrong; nothing was sent.
+            UncertaintyMissingError: The server ignored the question for uncertainty.
+            CredenceError: Anything else that goes wrong; see `credence.clients.errors`.
+        """
+        body = generation_body(
+            ChatRequest,
+            uncertainty=uncertainty,
+            options=options,
+            stream=False,
+            model=model,
+            messages=messages,
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
+        )
+        reply = self._transport.send("POST", _CHAT_COMPLETIONS, body)
+        return _checked(reply.parsed(ChatCompletion), reply, uncertainty)
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        *,
+        model: str,
+        uncertainty: bool = False,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Stream[ChatCompletionChunk]:
+        """Answer a conversation, and hand out the text as it is generated; see `chat` and `stream_complete`.
+
+        Returns:
+            An iterator of chunks, to be closed (it is a context manager) unless it is read to its end.
+
+        Raises:
+            ValueError: An argument is wrong; nothing was sent.
+            CredenceError: See `credence.clients.errors`, and `Stream` for what the iteration raises.
+        """
+        body = generation_body(
+            ChatRequest,
+            uncertainty=uncertainty,
+            options=options,
+            stream=True,
+            model=model,
+            messages=messages,
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
+        )
+        reply = self._transport.send("POST", _CHAT_COMPLETIONS, body, stream=True)
+        return Stream(reply, ChatCompletionChunk, transport=self._transport, uncertainty=uncertainty)
+
+    def score(
+        self,
+        *,
+        model: str,
+        prompt: Prompt | None = None,
+        completion: Prompt | None = None,
+        messages: Messages | None = None,
+        **options: Unpack[ScoringOptions],
+    ) -> Score:
+        """Compute the uncertainty of a completion that exists already; nothing is generated.
+
+        Give `prompt` and `completion`, or `messages`.
+
+        Args:
+            model: Name of an adapter.
+            prompt: Text, or token ids.
+            completion: Text, or token ids, that continues the prompt.
+            messages: A conversation whose last message, the assistant's, is scored.
+            options: See `ScoringOptions`; what is left out or None is the server's default.
+
+        Returns:
+            The scores of the completion.
+
+        Raises:
+            ValueError: An argument is wrong; nothing was sent.
+            CredenceError: See `credence.clients.errors`; NotFoundError also where the server is a plain vLLM.
+        """
+        body = score_body(model=model, prompt=prompt, completion=completion, messages=messages, options=options)
+        reply = self._transport.send("POST", _SCORE, body)
+        return reply.parsed(Score).model_copy(update={"request_id": reply.request_id})
 
     def models(self) -> tuple[Model, ...]:
         """List what the server serves: the base model and every adapter, with its posterior where it has one.
@@ -215,8 +284,7 @@ class Client:
         Raises:
             CredenceError: See `credence.clients.errors`.
         """
-        request_id = uuid.uuid4().hex
-        return _parsed(ModelList, self._send("GET", "/v1/models", request_id), request_id).data
+        return self._transport.send("GET", "/v1/models").parsed(ModelList).data
 
     def health(self) -> bool:
         """Ask whether the server process is alive (GET /livez); False when it answers 503.
@@ -224,7 +292,7 @@ class Client:
         Raises:
             CredenceError: The server cannot be reached, or answers with another error.
         """
-        return self._probe("/livez")
+        return self._transport.alive("/livez")
 
     def ready(self) -> bool:
         """Ask whether the server takes requests (GET /readyz); False when it answers 503.
@@ -232,146 +300,12 @@ class Client:
         Raises:
             CredenceError: The server cannot be reached, or answers with another error.
         """
-        return self._probe("/readyz")
-
-    def _probe(self, path: str) -> bool:
-        request_id = uuid.uuid4().hex
-        response = self._attempt("GET", path, request_id, None)
-        if response.status_code == 503:
-            return False
-        if not response.is_success:
-            raise error_from_response(response, request_id=request_id)
-        return True
-
-    def _send(self, method: str, path: str, request_id: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        retries = 0
-        while True:
-            error: CredenceError
-            try:
-                response = self._attempt(method, path, request_id, body)
-            except ConnectionFailedError as failed:
-                error = failed
-            else:
-                if response.is_success:
-                    return response
-                error = error_from_response(response, request_id=request_id)
-            delay_s = _delay_before_retry(error, retries)
-            if delay_s is None or retries >= self._max_retries:
-                raise error
-            retries += 1
-            logger.info(
-                "retry %d of %d of %s %s in %.2f s (%s, request id %s)",
-                retries,
-                self._max_retries,
-                method,
-                path,
-                delay_s,
-                type(error).__name__,
-                request_id,
-            )
-            time.sleep(delay_s)
-
-    def _attempt(self, method: str, path: str, request_id: str, body: dict[str, Any] | None) -> httpx.Response:
-        url = self._base_url + path
-        try:
-            return self._http.request(method, url, json=body, headers={"X-Request-Id": request_id})
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise ConnectionFailedError(
-                f"no connection to {self._base_url}: {error or type(error).__name__}; "
-                "check the address and that the server is up",
-                request_id=request_id,
-            ) from error
-        except httpx.TimeoutException as error:
-            raise RequestTimeoutError(
-                f"no answer from {url} within {self._http.timeout.read:g} s; "
-                "the server may still be working on it: raise timeout_s, or ask for fewer samples or tokens",
-                request_id=request_id,
-            ) from error
-        except httpx.RequestError as error:
-            raise TransportError(
-                f"the connection to {self._base_url} broke before the answer was complete: "
-                f"{error or type(error).__name__}; whether the server did the work is unknown",
-                request_id=request_id,
-            ) from error
+        return self._transport.alive("/readyz")
 
 
-def _delay_before_retry(error: CredenceError, retries: int) -> float | None:
-    """Seconds to wait before the next attempt; None when this error must not be retried."""
-    backoff_s = min(MAX_DELAY_S, FIRST_DELAY_S * 2.0**retries) * random.uniform(0.75, 1.0)
-    if isinstance(error, ConnectionFailedError):
-        return backoff_s
-    if not isinstance(error, StatusError) or error.status not in _RETRIED_STATUSES or error.retry_after_s is None:
-        return None
-    if error.retry_after_s > MAX_RETRY_AFTER_S:
-        return None
-    return max(error.retry_after_s, backoff_s)
-
-
-def _checked_base_url(base_url: str) -> str:
-    try:
-        url = httpx.URL(base_url)
-    except (httpx.InvalidURL, TypeError) as error:
-        raise ValueError(f"base_url is {base_url!r}; give an address such as http://localhost:8000") from error
-    if url.userinfo:
-        raise ValueError("base_url carries a user name or password; give the key as api_key instead")
-    if url.scheme not in {"http", "https"} or not url.host or url.query or url.fragment:
-        raise ValueError(f"base_url is {base_url!r}; give an address such as http://localhost:8000")
-    return str(url).rstrip("/").removesuffix("/v1").rstrip("/")
-
-
-def _uncertainty_field(uncertainty: bool, options: dict[str, Any]) -> UncertaintyOptions | bool | None:
-    if not isinstance(uncertainty, bool):
-        raise ValueError(
-            f"uncertainty is {uncertainty!r}; give True or False, and its options as arguments of their own"
-        )
-    if not uncertainty:
-        if options:
-            raise ValueError(f"{', '.join(options)} given without uncertainty=True; add it, or leave the options out")
-        return None
-    if not options:
-        return True
-    checked = _validated(UncertaintyOptions, options)
-    if checked.n_samples is not None and checked.min_samples is not None and checked.min_samples > checked.n_samples:
-        raise ValueError(f"min_samples is {checked.min_samples}, n_samples is {checked.n_samples}; ask for fewer")
-    if (checked.mode == "choices") != (checked.choices is not None):
-        raise ValueError("mode='choices' and a list of choices belong together; give both or neither")
-    return checked
-
-
-def _given(**arguments: Any) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
-
-
-def _validated(model: type[_AnswerT], arguments: dict[str, Any]) -> _AnswerT:
-    """Validate the caller's arguments; the error names each wrong one, and shows its value unless it is text."""
-    try:
-        return model.model_validate(arguments)
-    except ValidationError as error:
-        problems: dict[str, str] = {}
-        for problem in error.errors(include_url=False):
-            # Deeper parts of the place name union members and list positions, which mean nothing to the caller.
-            name = str(problem["loc"][0])
-            shown = name if name in _TEXT_FIELDS else f"{name} is {arguments.get(name)!r}"
-            problems.setdefault(name, f"{shown}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
-        raise ValueError("; ".join(problems.values())) from None
-
-
-def _parsed(model: type[_AnswerT], response: httpx.Response, request_id: str) -> _AnswerT:
-    try:
-        return model.model_validate_json(response.content)
-    except ValidationError as error:
-        # Values are left out: they may be texts.
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'the body'}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
-            for problem in error.errors(include_url=False, include_input=False)
-        )
-        raise InvalidResponseError(
-            f"the answer to {response.request.url.path} is not what this client expects ({problems}); "
-            "check that base_url points at a Credence or vLLM server of a matching version",
-            status=response.status_code,
-            request_id=response.headers.get("x-request-id") or request_id,
-        ) from None
+def _checked(answer: _AnswerT, reply: Reply, uncertainty: bool) -> _AnswerT:
+    """Add the request id; refuse an answer without the uncertainty that was asked for."""
+    missing = tuple(choice.index for choice in answer.choices if choice.uncertainty is None)
+    if uncertainty and missing:
+        raise UncertaintyMissingError.of_choices(missing, request_id=reply.request_id)
+    return answer.model_copy(update={"request_id": reply.request_id})

@@ -16,10 +16,12 @@ CredenceError
 ```
 
 Catch `CredenceError` to catch all. Every error carries `message`, `status`, `type`, `code`, `param`, `request_id` and
-`retry_after_s`; what is not known is None. A wrong argument is a plain ValueError, raised before anything is sent.
+`retry_after_s`; what is not known is None. A wrong argument is a plain ValueError, raised before anything is sent. An error
+that the server reports in the middle of a stream is the StatusError of the status it names.
 """
 
 import json
+import re
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
@@ -96,6 +98,16 @@ class UncertaintyMissingError(InvalidResponseError):
         super().__init__(message, request_id=request_id)
         self.choice_indices = choice_indices
 
+    @classmethod
+    def of_choices(cls, indices: tuple[int, ...], *, request_id: str | None) -> "UncertaintyMissingError":
+        """Build the error of an answer in which these choices have no uncertainty."""
+        return cls(
+            f"uncertainty was asked for, but choices {list(indices)} came back without it; "
+            "the server is probably a plain vLLM: start it with `credence serve`",
+            choice_indices=indices,
+            request_id=request_id,
+        )
+
 
 class StatusError(CredenceError):
     """The server answered with an error status; this class itself stands for statuses without a class of their own."""
@@ -167,18 +179,52 @@ def error_from_response(response: httpx.Response, *, request_id: str | None = No
     Returns:
         The error, of the class its status has in the tree.
     """
-    status = response.status_code
-    default = ServerError if status >= 500 else StatusError
-    fields = _error_fields(response)
-    message = _text(fields.get("message")) or f"the server answered {status} without a readable error message"
-    return _BY_STATUS.get(status, default)(
+    return _status_error(
+        response.status_code,
+        _error_fields(response),
+        request_id=response.headers.get("x-request-id") or request_id,
+        retry_after_s=parse_retry_after(response.headers.get("retry-after")),
+    )
+
+
+def error_from_event(event: bytes, *, request_id: str | None = None) -> StatusError | None:
+    """Build the error that an event of a stream carries in place of a chunk; None when it is no error.
+
+    Reads OpenAI's envelope and the flat form of it. The status is the `code` where that is an HTTP status, as vLLM sends
+    it; any other code is a failure of the server, because it had already begun to answer.
+
+    Args:
+        event: Data of one server-sent event.
+        request_id: Id of the request.
+    """
+    # Nearly all events are chunks: they are not parsed a second time for this.
+    if b'"error"' not in event:
+        return None
+    try:
+        body = json.loads(event)
+    except ValueError:
+        return None
+    if not isinstance(body, dict) or not (body.get("error") or body.get("object") == "error"):
+        return None
+    fields = _envelope_fields(body)
+    code = _text(fields.get("code")) or ""
+    return _status_error(int(code) if re.fullmatch("[45][0-9]{2}", code) else None, fields, request_id=request_id)
+
+
+def _status_error(
+    status: int | None, fields: dict[str, Any], *, request_id: str | None, retry_after_s: float | None = None
+) -> StatusError:
+    default = ServerError if status is None or status >= 500 else StatusError
+    answered = "reported an error" if status is None else f"answered {status}"
+    message = _text(fields.get("message")) or f"the server {answered} without a readable error message"
+    return _BY_STATUS.get(status or 0, default)(
         message,
         status=status,
         type=_text(fields.get("type")),
         code=_text(fields.get("code")),
         param=_text(fields.get("param")),
-        request_id=response.headers.get("x-request-id") or request_id,
-        retry_after_s=parse_retry_after(response.headers.get("retry-after")),
+        request_id=request_id,
+        retry_after_s=retry_after_s,
     )
 
 
@@ -204,8 +250,10 @@ def _error_fields(response: httpx.Response) -> dict[str, Any]:
     except ValueError:  # bad JSON, and bytes that are not text
         shown = " ".join(response.text.split())[:_SHOWN_BODY_CHARS]
         return {"message": f"the server answered {response.status_code}: {shown}" if shown else None}
-    if not isinstance(body, dict):
-        return {}
+    return _envelope_fields(body) if isinstance(body, dict) else {}
+
+
+def _envelope_fields(body: dict[str, Any]) -> dict[str, Any]:
     error = body.get("error", body)
     if isinstance(error, str):
         return {"message": error}

@@ -1,71 +1,16 @@
-"""What goes over the wire: requests that refuse unknown fields, answers that keep them.
+"""Answers of the server: what is unknown in them is kept.
 
-Answers may gain fields in a newer server; an unknown field is kept and readable as an attribute, never an error.
-All scores are in the unit named by `Uncertainty.unit` (nats per token), and a higher score means more uncertain.
+Answers may gain fields in a newer server; an unknown field is kept and readable as an attribute, never an error. All scores are
+in the unit named by `Uncertainty.unit` (nats per token; nats with mode `choices`), and a higher score means more uncertain.
 """
 
-from typing import Annotated, Literal
+from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, StringConstraints
-
-Mode = Literal["ensemble", "score", "choices", "generate"]
-Granularity = Literal["sequence", "token"]
-_NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
 
 
 class _Answer(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class UncertaintyOptions(_Request):
-    """How uncertainty is to be computed; what is None is left to the server's default.
-
-    Attributes:
-        n_samples: K, the number of posterior samples.
-        mode: `ensemble` draws every token from the average of the K predictive distributions; `score` takes the mean
-            adapter's text and scores it with K teacher-forced passes; `choices` is the posterior predictive over given
-            labels; `generate` compares K independent completions. A server answers 400 to a mode it does not have.
-        tau: Posterior temperature, a factor on the variance; 0 is the mean adapter.
-        seed: Posterior seed; omitted, the adapter's fixed sample set answers.
-        choices: Labels, with mode `choices`.
-        granularity: `token` adds scores per token.
-        return_samples: Also return what each sample said (the server may ask for a permission).
-        min_samples: Accept an answer from as few samples as this when some fail.
-        threshold: The server's `flag` compares the confidence with this probability.
-        calibrated: Use the calibration stored with the adapter.
-    """
-
-    n_samples: int | None = Field(default=None, ge=1)
-    mode: Mode | None = None
-    tau: FiniteFloat | None = Field(default=None, ge=0.0)
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    choices: list[_NonEmpty] | None = Field(default=None, min_length=2)
-    granularity: Granularity | None = None
-    return_samples: bool | None = None
-    min_samples: int | None = Field(default=None, ge=1)
-    threshold: FiniteFloat | None = Field(default=None, ge=0.0, le=1.0)
-    calibrated: bool | None = None
-
-
-class CompletionRequest(_Request):
-    """Body of POST /v1/completions, as far as this client sends it (fields and names of OpenAI and vLLM)."""
-
-    model: _NonEmpty
-    prompt: _NonEmpty | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: FiniteFloat | None = Field(default=None, ge=0.0)
-    top_p: FiniteFloat | None = Field(default=None, gt=0.0, le=1.0)
-    top_k: int | None = Field(default=None, ge=-1)
-    min_p: FiniteFloat | None = Field(default=None, ge=0.0, le=1.0)
-    stop: str | list[str] | None = None
-    logprobs: int | None = Field(default=None, ge=0)
-    n: int | None = Field(default=None, ge=1)
-    seed: int | None = None
-    uncertainty: Literal[True] | UncertaintyOptions | None = None
 
 
 class SequenceUncertainty(_Answer):
@@ -105,6 +50,37 @@ class ChoiceProbability(_Answer):
     std: FiniteFloat | None = None
 
 
+class AnswerShare(_Answer):
+    """One distinct answer of mode `generate`, normalised, with the number and the share of the samples that gave it."""
+
+    answer: str
+    count: int
+    share: FiniteFloat
+
+
+class SampleAnswer(_Answer):
+    """What one posterior sample said, with `return_samples`.
+
+    Attributes:
+        index: Number of the sample in its set.
+        text: Its own completion (mode `generate`).
+        mean_logprob: Its mean log-probability of the text, nats per token.
+        probs: Its probability of each label (mode `choices`).
+    """
+
+    index: int
+    text: str | None = None
+    mean_logprob: FiniteFloat | None = None
+    probs: dict[str, FiniteFloat] | None = None
+
+
+class AutoSamples(_Answer):
+    """How `n_samples="auto"` went: the numbers of samples tried, and whether the decision was settled before the limit."""
+
+    stages: tuple[int, ...]
+    settled: bool
+
+
 class AdapterReference(_Answer):
     """Which artifact answered: the adapter's name and the digest of its content."""
 
@@ -117,8 +93,8 @@ class Uncertainty(_Answer):
 
     Attributes:
         mode: The mode that was used.
-        n_samples: K that was asked for.
-        n_effective: Samples that contributed; less than n_samples only where min_samples allowed it.
+        n_samples: K that was asked for; with `auto`, the most that could have been taken.
+        n_effective: Samples that contributed; less than n_samples only where min_samples or `auto` allowed it.
         tau: Posterior temperature that was used.
         seed: Posterior seed that was used.
         confidence: Probability that the answer is right, in [0, 1].
@@ -131,6 +107,11 @@ class Uncertainty(_Answer):
         sequence: Scores of the whole text.
         tokens: Scores of each token, with granularity `token`.
         choices: Probabilities of the labels, with mode `choices`.
+        choices_mass: Probability that the model gives to all the labels together, with mode `choices`.
+        agreement: With mode `generate`, the share of samples whose normalised answer is the returned one, in (0, 1].
+        answers: The distinct answers, with mode `generate`.
+        samples: What each sample said, with `return_samples`.
+        auto: How many samples were tried, with `n_samples="auto"`.
         adapter: The artifact that answered.
     """
 
@@ -149,6 +130,11 @@ class Uncertainty(_Answer):
     sequence: SequenceUncertainty | None = None
     tokens: tuple[TokenUncertainty, ...] | None = None
     choices: tuple[ChoiceProbability, ...] | None = None
+    choices_mass: FiniteFloat | None = None
+    agreement: FiniteFloat | None = None
+    answers: tuple[AnswerShare, ...] | None = None
+    samples: tuple[SampleAnswer, ...] | None = None
+    auto: AutoSamples | None = None
     adapter: AdapterReference | None = None
 
 
@@ -162,6 +148,28 @@ class Choice(_Answer):
     uncertainty: Uncertainty | None = None
 
 
+class ChatMessage(_Answer):
+    """The assistant's message; further fields of the server (tool calls, reasoning) are kept as attributes."""
+
+    role: str
+    content: str | None = None
+
+
+class ChatChoice(_Answer):
+    """One answer to the conversation; `logprobs` is OpenAI's object, as the server sent it."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: str | None = None
+    logprobs: dict[str, JsonValue] | None = None
+    uncertainty: Uncertainty | None = None
+
+    @property
+    def text(self) -> str:
+        """Content of the message; empty where it has none."""
+        return self.message.content or ""
+
+
 class Usage(_Answer):
     """Token counts; work on posterior samples is in `uncertainty_details`, never in `completion_tokens`."""
 
@@ -171,16 +179,13 @@ class Usage(_Answer):
     uncertainty_details: dict[str, JsonValue] | None = None
 
 
-class Completion(_Answer):
-    """Answer of POST /v1/completions.
+_ChoiceT = TypeVar("_ChoiceT", Choice, ChatChoice)
 
-    Attributes:
-        request_id: Id of the request in the server's log.
-    """
 
+class _Generation(_Answer, Generic[_ChoiceT]):
     id: str
     model: str
-    choices: tuple[Choice, ...] = Field(min_length=1)
+    choices: tuple[_ChoiceT, ...] = Field(min_length=1)
     created: int | None = None
     usage: Usage | None = None
     request_id: str | None = None
@@ -194,6 +199,113 @@ class Completion(_Answer):
     def uncertainty(self) -> Uncertainty | None:
         """Uncertainty of the first choice; None when it was not asked for."""
         return self.choices[0].uncertainty
+
+
+class Completion(_Generation[Choice]):
+    """Answer of POST /v1/completions.
+
+    Attributes:
+        choices: With a list of P prompts and n completions each, choice p * n + i is the i-th completion of prompt p.
+        request_id: Id of the request in the server's log.
+    """
+
+
+class ChatCompletion(_Generation[ChatChoice]):
+    """Answer of POST /v1/chat/completions.
+
+    Attributes:
+        request_id: Id of the request in the server's log.
+    """
+
+
+class Score(_Answer):
+    """Answer of POST /v1/uncertainty/score: the uncertainty of a completion that the caller gave.
+
+    Attributes:
+        request_id: Id of the request in the server's log.
+    """
+
+    id: str
+    model: str
+    uncertainty: Uncertainty
+    created: int | None = None
+    usage: Usage | None = None
+    request_id: str | None = None
+
+
+class _Increment(_Answer):
+    """What a choice gained with one chunk of a stream.
+
+    On the wire `uncertainty` is `{"tokens": [...]}` in the chunks before a choice's last, and the whole object in one
+    chunk; here the former go to `tokens`, and `uncertainty` is the whole object or None.
+    """
+
+    index: int
+    finish_reason: str | None = None
+    logprobs: dict[str, JsonValue] | None = None
+    tokens: tuple[TokenUncertainty, ...] = ()
+    uncertainty: Uncertainty | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _separate_tokens(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("uncertainty"), dict) and "mode" not in data["uncertainty"]:
+            return data | {"uncertainty": None, "tokens": data["uncertainty"].get("tokens") or ()}
+        return data
+
+
+class ChoiceIncrement(_Increment):
+    """What one completion gained with a chunk.
+
+    Attributes:
+        text: New text; may be empty.
+        tokens: Scores of the tokens that are new (mode `ensemble` with granularity `token`).
+        uncertainty: The whole object, in one chunk of each choice.
+    """
+
+    text: str = ""
+
+
+class ChatDelta(_Answer):
+    """New parts of the assistant's message."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChoiceIncrement(_Increment):
+    """What one answer gained with a chunk; the fields are those of `ChoiceIncrement`, with `delta` for the text."""
+
+    delta: ChatDelta = ChatDelta()
+
+    @property
+    def text(self) -> str:
+        """New text; may be empty."""
+        return self.delta.content or ""
+
+
+_IncrementT = TypeVar("_IncrementT", ChoiceIncrement, ChatChoiceIncrement)
+
+
+class _Chunk(_Answer, Generic[_IncrementT]):
+    id: str
+    model: str
+    choices: tuple[_IncrementT, ...]
+    created: int | None = None
+    usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """New text of the first choice, empty when this chunk has nothing for it."""
+        return "".join(choice.text for choice in self.choices if choice.index == 0)
+
+
+class CompletionChunk(_Chunk[ChoiceIncrement]):
+    """One chunk of a streamed completion; `choices` is empty in the one that carries `usage`."""
+
+
+class ChatCompletionChunk(_Chunk[ChatChoiceIncrement]):
+    """One chunk of a streamed chat completion; `choices` is empty in the one that carries `usage`."""
 
 
 class PosteriorInfo(_Answer):

@@ -1,16 +1,16 @@
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from rich.console import Console
 
-from credence.cli import complete as command
+from credence.cli import scores as display
 from credence.clients import TokenUncertainty
-from credence.clients import client as client_module
-from tests.cli.conftest import Command
-from tests.clients.answers import UNCERTAINTY, Script, completion, error
+from tests.cli.conftest import Command, Outcome
+from tests.clients.answers import UNCERTAINTY, Script, chat_completion, chunk, completion, error, events, serve, stream
 
 TOKENS = [
     {"token": " yes", "logprob": -0.2, "total": 0.5, "epistemic": 0.0},
@@ -20,17 +20,7 @@ TOKENS = [
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Script:
-    """A scripted server behind every client the command opens."""
-    script = Script()
-    real = httpx.Client
-
-    def connect(**options: Any) -> httpx.Client:
-        return real(**(options | {"transport": httpx.MockTransport(script)}))
-
-    monkeypatch.setattr(client_module.httpx, "Client", connect)
-    monkeypatch.delenv("CREDENCE_API_KEY", raising=False)
-    monkeypatch.delenv("CREDENCE_URL", raising=False)
-    return script
+    return serve(monkeypatch)
 
 
 def test_text_only(credence: Command, server: Script) -> None:
@@ -57,11 +47,132 @@ def test_scores_are_shown(credence: Command, server: Script) -> None:
     ]
 
 
-def test_labels_are_shown_with_their_spread(credence: Command, server: Script) -> None:
-    scores = UNCERTAINTY | {"choices": [{"label": "yes", "prob": 0.83, "std": 0.06}, {"label": "no", "prob": 0.17}]}
+def cells(outcome: Outcome) -> list[list[str]]:
+    """The cells of the tables, row by row."""
+    table = [line for line in outcome.out.splitlines() if line[:1] in "┃│" and line]
+    return [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in table]
+
+
+def test_every_option_is_sent(credence: Command, server: Script) -> None:
+    server.steps.append(httpx.Response(200, json=completion(UNCERTAINTY)))
+    outcome = credence(
+        *("complete", "hello", "--model", "triage", "--uncertainty", "--n-samples", "auto", "--mode", "choices"),
+        *(
+            "--choice",
+            " yes",
+            "--choice",
+            " no",
+            "--length-normalized",
+            "--tau",
+            2,
+            "--seed",
+            3,
+            "--granularity",
+            "token",
+        ),
+        *("--return-samples", "--threshold", 0.5, "--uncalibrated", "--stop-confidence", 0.9),
+    )
+    assert outcome.code == 0
+    assert server.body["uncertainty"] == {
+        "n_samples": "auto",
+        "mode": "choices",
+        "choices": [" yes", " no"],
+        "length_normalized": True,
+        "tau": 2.0,
+        "seed": 3,
+        "granularity": "token",
+        "return_samples": True,
+        "threshold": 0.5,
+        "calibrated": False,
+        "stop_confidence": 0.9,
+    }
+    server.steps.append(httpx.Response(200, json=completion(UNCERTAINTY)))
+    assert credence("complete", "p", "--model", "m", "--uncertainty", "--n-samples", 4, "--min-samples", 2).code == 0
+    assert server.body["uncertainty"] == {"n_samples": 4, "min_samples": 2}
+
+
+def test_labels_are_a_table_with_their_spread(credence: Command, server: Script) -> None:
+    scores = UNCERTAINTY | {
+        "mode": "choices",
+        "unit": "nats",
+        "choices": [{"label": " yes", "prob": 0.83, "std": 0.06}, {"label": "no\x1b[2J\n", "prob": 0.17}],
+        "choices_mass": 0.75,
+        "samples": [{"index": 4, "probs": {" yes": 0.4, "no": 0.6}}],
+        "auto": {"stages": [4, 8], "settled": False},
+    }
     server.steps.append(httpx.Response(200, json=completion(scores)))
     outcome = credence("complete", "hello", "--model", "triage", "--uncertainty")
-    assert "p(yes)      0.830 +- 0.060\np(no)       0.170\n" in outcome.out
+    assert "labels      0.750 of the model's probability is on them\n" in outcome.out
+    assert "auto        not settled after 4, 8 samples\n" in outcome.out
+    assert cells(outcome) == [
+        ["label", "probability", "std over samples"],
+        ["' yes'", "0.830", "0.060"],
+        ["no\\x1b[2J\\n", "0.170", ""],
+        ["sample", "mean logprob", "said"],
+        ["4", "", "no (0.600)"],
+    ]
+
+
+def test_answers_are_a_table(credence: Command, server: Script) -> None:
+    scores = UNCERTAINTY | {
+        "mode": "generate",
+        "agreement": 0.75,
+        "answers": [{"answer": "[b]berne", "count": 6, "share": 0.75}, {"answer": "", "count": 2, "share": 0.25}],
+        "samples": [{"index": 0, "text": " Berne\x07", "mean_logprob": -0.5}],
+    }
+    server.steps.append(httpx.Response(200, json=completion(scores)))
+    outcome = credence("complete", "hello", "--model", "triage", "--uncertainty")
+    assert "agreement   0.750 of the samples gave this answer\n" in outcome.out
+    assert cells(outcome) == [
+        ["answer", "count", "share"],
+        ["[b]berne", "6", "0.750"],
+        ["''", "2", "0.250"],
+        ["sample", "mean logprob", "said"],
+        ["0", "-0.5000", "' Berne\\\\x07'"],
+    ]
+
+
+def test_chat(credence: Command, server: Script) -> None:
+    server.steps.append(httpx.Response(200, json=chat_completion(UNCERTAINTY)))
+    outcome = credence("complete", "hello", "--model", "triage", "--chat", "--uncertainty", "--mode", "score")
+    assert server.requests[0].url.path == "/v1/chat/completions"
+    assert server.body["messages"] == [{"role": "user", "content": "hello"}]
+    assert server.body["uncertainty"] == {"mode": "score"}
+    assert outcome.out.startswith(" text 0\n\nconfidence  0.830")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_stream_is_printed_and_its_scores_follow(credence: Command, server: Script, chat: bool) -> None:
+    whole = UNCERTAINTY | {"tokens": TOKENS}
+    pieces = (chunk(" yé", chat=chat), chunk("s\x1b[2J", chat=chat, finish_reason="stop", uncertainty=whole))
+    server.steps.append(stream(events(*pieces, "[DONE]")))
+    flag = ["--chat"] if chat else []
+    outcome = credence("complete", "hello", "--model", "triage", "--stream", "--uncertainty", *flag)
+    assert server.body["stream"] is True and ("messages" in server.body) == chat
+    lines = outcome.out.splitlines()
+    assert lines[:4] == [" yés\x1b[2J", "", "logprob\ttotal\tepistemic\ttoken", "-0.2000\t0.5000\t0.0000\t' yes'"]
+    assert lines[5:7] == ["", "confidence  0.830 (calibrated, flag ok)"]
+
+
+def test_a_stream_without_uncertainty_is_its_text(credence: Command, server: Script) -> None:
+    server.steps.append(stream(events(chunk("a"), chunk("b"), "[DONE]")))
+    outcome = credence("complete", "hello", "--model", "triage", "--stream")
+    assert (outcome.code, outcome.out) == (0, "ab\n")
+
+
+def test_a_stream_on_a_terminal_cannot_drive_it(
+    credence: Command, server: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    server.steps.append(stream(events(chunk("a\x1b[2J"), "[DONE]")))
+    assert credence("complete", "hello", "--model", "triage", "--stream").out == "a\\x1b[2J\n"
+
+
+def test_a_stream_that_breaks_is_an_error_after_its_text(credence: Command, server: Script) -> None:
+    server.steps.append(stream(events(chunk("a"), {"error": {"message": "the ensemble failed", "code": 500}})))
+    outcome = credence("complete", "hello", "--model", "triage", "--stream")
+    assert (outcome.code, outcome.out) == (1, "a\n")
+    assert outcome.err.startswith("credence: the ensemble failed (status 500, request id ")
 
 
 def test_json_to_standard_output_is_only_json(credence: Command, server: Script) -> None:
@@ -84,9 +195,9 @@ def test_tokens_on_a_terminal_are_coloured_and_cannot_drive_it(monkeypatch: pyte
     console = Console(file=screen, force_terminal=True, color_system="standard", width=80, highlight=False)
     monkeypatch.setattr("rich.console.Console", lambda **_: console)
     tokens = tuple(TokenUncertainty.model_validate(token) for token in TOKENS)
-    command._print_tokens(" yes [b]\x1b[2J.", tokens, 8)
+    display._print_tokens(" yes [b]\x1b[2J.", tokens, 8)
     # The second token came without its space, as some tokenizers decode it alone; a token that is not in the text is passed over.
-    command._print_tokens(" yes yes", (*tokens, tokens[0].model_copy(update={"token": "yes", "epistemic": 1.0})), 8)
+    display._print_tokens(" yes yes", (*tokens, tokens[0].model_copy(update={"token": "yes", "epistemic": 1.0})), 8)
     first, legend, second, _ = screen.getvalue().splitlines()
     assert first == " yes\x1b[4;31m [b]\\x1b[2J\x1b[0m."
     assert "\x1b[33mfrom 2% of ln K\x1b[0m" in legend
@@ -99,8 +210,8 @@ def test_tokens_on_a_terminal_are_coloured_and_cannot_drive_it(monkeypatch: pyte
 )
 def test_styles(epistemic: float, total: float, style: str) -> None:
     token = TokenUncertainty(token="x", logprob=-1.0, total=total, epistemic=epistemic)
-    assert command._style(token, 8) == style
-    assert "red" not in command._style(token, 1)
+    assert display._style(token, 8) == style
+    assert "red" not in display._style(token, 1)
 
 
 def test_the_prompt_may_come_from_standard_input(
@@ -110,6 +221,22 @@ def test_the_prompt_may_come_from_standard_input(
     server.steps.append(httpx.Response(200, json=completion()))
     assert credence("complete", "-", "--model", "triage").code == 0
     assert server.body["prompt"] == "two\nlines"
+
+
+def test_the_prompt_may_come_from_a_file(credence: Command, server: Script, tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes("é\r\n".encode())
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    for argument, text in ((f"@{tmp_path / 'p'}", "é\r\n"), ("@@home", "@home"), ("a@b", "a@b")):
+        server.steps.append(httpx.Response(200, json=completion()))
+        assert credence("complete", argument, "--model", "triage").code == 0
+        assert server.body["prompt"] == text
+    outcome = credence("complete", "@nowhere", "--model", "triage")
+    assert outcome.code == 1
+    assert outcome.err == (
+        "credence: nowhere cannot be read: No such file or directory; a text that begins with @ is written @@nowhere\n"
+    )
+    outcome = credence("complete", f"@{tmp_path / 'latin'}", "--model", "triage")
+    assert outcome.code == 1 and outcome.err.endswith("latin cannot be read: it is not UTF-8\n")
 
 
 def test_the_key_comes_from_a_file_or_the_environment(
@@ -136,6 +263,21 @@ def test_errors(credence: Command, server: Script) -> None:
     server.steps.append(httpx.Response(200, json=completion()))
     outcome = credence("complete", "p", "--model", "m", "--uncertainty")
     assert outcome.code == 1 and "came back without it" in outcome.err
-    for arguments in (("--n-samples", 4), ("--uncertainty", "--mode", "magic"), ("--url", "nowhere")):
-        outcome = credence("complete", "p", "--model", "m", *arguments)
-        assert outcome.code == 2 and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--n-samples", 4), "n_samples given without uncertainty=True"),
+        (("--uncertainty", "--n-samples", "some"), "--n-samples is 'some'; give a whole number or auto"),
+        (("--uncertainty", "--mode", "magic"), "mode is 'magic'"),
+        (("--uncertainty", "--mode", "magic", "--stream"), "mode is 'magic'"),
+        (("--uncertainty", "--mode", "choices"), "belong together"),
+        (("--stream", "--json", "-"), "leave one out"),
+        (("--url", "nowhere"), "base_url is 'nowhere'"),
+    ],
+)
+def test_wrong_usage(credence: Command, server: Script, arguments: tuple[object, ...], message: str) -> None:
+    outcome = credence("complete", "p", "--model", "m", *arguments)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and message in outcome.err
+    assert server.requests == []

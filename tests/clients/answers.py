@@ -1,9 +1,11 @@
 """Answers as a Credence server sends them, for a hand-written transport."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import pytest
 
 UNCERTAINTY: dict[str, Any] = {
     "mode": "ensemble",
@@ -42,6 +44,65 @@ def completion(*uncertainties: dict[str, Any] | None, **changes: Any) -> dict[st
     return body | changes
 
 
+def chat_completion(*uncertainties: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
+    """The same as a chat completion."""
+    body = completion(*uncertainties)
+    for choice in body["choices"]:
+        choice["message"] = {"role": "assistant", "content": choice.pop("text")}
+    return body | {"id": "chatcmpl-1", "object": "chat.completion"} | changes
+
+
+def score(uncertainty: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """An answer of the scoring route."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "uncertainty_details": {"n_samples": 8}}
+    body = {"id": "score-1", "object": "uncertainty.score", "created": 1, "model": "triage", "usage": usage}
+    return body | {"uncertainty": uncertainty} | changes
+
+
+def chunk(text: str | None = None, *, index: int = 0, chat: bool = False, **changes: Any) -> dict[str, Any]:
+    """One chunk of a stream with one choice; `text` None is a chunk without choices."""
+    choices = []
+    if text is not None:
+        body = {"delta": {"content": text}} if chat else {"text": text}
+        choices = [{"index": index, "logprobs": None, "finish_reason": None} | body | changes]
+        changes = {}
+    return {"id": "cmpl-1", "created": 1, "model": "triage", "choices": choices} | changes
+
+
+def events(*documents: dict[str, Any] | str) -> bytes:
+    """Server-sent events: documents as JSON, texts as they are."""
+    texts = (text if isinstance(text, str) else json.dumps(text, ensure_ascii=False) for text in documents)
+    return "".join(f"data: {text}\n\n" for text in texts).encode()
+
+
+class Body(httpx.SyncByteStream):
+    """A body that arrives in the given pieces; an exception among them is raised in its place. Remembers whether it was closed."""
+
+    def __init__(self, *pieces: bytes | Exception) -> None:
+        self.pieces = pieces
+        self.taken = 0
+        self.closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self.pieces:
+            self.taken += 1
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def stream(*pieces: bytes | Exception, **headers: str) -> httpx.Response:
+    """An answer that streams `pieces`; `response.extensions` keeps the `body`, which httpx wraps."""
+    named = {"Content-Type": "text/event-stream; charset=utf-8"} | {
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
+    body = Body(*pieces)
+    return httpx.Response(200, headers=named, stream=body, extensions={"body": body})
+
+
 class Script:
     """Answers requests with the given responses or exceptions, in order, and remembers the requests."""
 
@@ -61,6 +122,20 @@ class Script:
         """Body of the last request."""
         body: dict[str, Any] = json.loads(self.requests[-1].content)
         return body
+
+
+def serve(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Put a scripted server behind every client that is opened, at any address."""
+    script = Script()
+    real = httpx.Client
+
+    def connect(**options: Any) -> httpx.Client:
+        return real(**(options | {"transport": httpx.MockTransport(script)}))
+
+    monkeypatch.setattr(httpx, "Client", connect)
+    monkeypatch.delenv("CREDENCE_API_KEY", raising=False)
+    monkeypatch.delenv("CREDENCE_URL", raising=False)
+    return script
 
 
 def error(status: int, body: object = None, **headers: str) -> httpx.Response:

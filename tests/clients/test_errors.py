@@ -18,7 +18,7 @@ from credence.clients import (
     UnprocessableError,
     errors,
 )
-from credence.clients.errors import error_from_response, parse_retry_after
+from credence.clients.errors import error_from_event, error_from_response, parse_retry_after
 from tests.clients.answers import error
 
 
@@ -83,6 +83,46 @@ def test_any_error_body_is_survived(body: object, message: str) -> None:
 
 def test_a_long_page_is_cut() -> None:
     assert len(error_from_response(error(502, "x" * 10_000)).message) < 300
+
+
+@pytest.mark.parametrize(
+    ("event", "expected", "status"),
+    [
+        (b'{"error": {"message": "why", "type": "t", "param": "n", "code": 400}}', BadRequestError, 400),
+        (b'{"error": {"message": "why", "code": "503"}}', ServiceUnavailableError, 503),
+        (b'{"error": {"message": "why", "code": "engine_died"}}', ServerError, None),
+        (b'{"error": {"message": "why", "code": 200}}', ServerError, None),
+        (b'{"error": "why"}', ServerError, None),
+        (b'{"object": "error", "message": "why", "code": 409}', StatusError, 409),
+    ],
+)
+def test_errors_in_a_stream(event: bytes, expected: type[StatusError], status: int | None) -> None:
+    raised = error_from_event(event, request_id="r-1")
+    assert raised is not None and type(raised) is expected
+    assert (raised.message, raised.status, raised.request_id) == ("why", status, "r-1")
+
+
+def test_an_error_in_a_stream_keeps_its_facts() -> None:
+    raised = error_from_event(b'{"error": {"message": "", "type": "t", "param": "n", "code": "word"}}')
+    assert raised is not None
+    assert (raised.type, raised.param, raised.code) == ("t", "n", "word")
+    assert raised.message == "the server reported an error without a readable error message"
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'{"choices": [], "error": null}',
+        b'{"choices": [{"error": {"message": "no"}}]}',
+        b'{"id": "error"}',
+        b'{"error": null}',
+        b'["error"]',
+        b'{"error": ',
+        b'"error" \xff',
+    ],
+)
+def test_what_is_no_error_in_a_stream(event: bytes) -> None:
+    assert error_from_event(event) is None
 
 
 @pytest.mark.parametrize(

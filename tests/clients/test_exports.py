@@ -12,9 +12,9 @@ def test_public_names_are_sorted_and_exist() -> None:
         assert getattr(credence.clients, name).__module__.startswith("credence.clients.")
 
 
-def test_every_error_and_answer_type_is_public() -> None:
-    internal = {"CompletionRequest", "ModelList"}
-    for module in ("credence.clients.errors", "credence.clients.types"):
+def test_every_error_answer_and_option_type_is_public() -> None:
+    internal = {"ChatRequest", "CompletionRequest", "EventDecoder", "ModelList", "ScoreRequest", "StreamOptions"}
+    for module in (f"credence.clients.{name}" for name in ("errors", "requests", "streaming", "types")):
         for name, value in vars(importlib.import_module(module)).items():
             if isinstance(value, type) and value.__module__ == module and not name.startswith("_"):
                 assert name in credence.clients.__all__ or name in internal, name

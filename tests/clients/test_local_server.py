@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from credence.clients import Client, ConnectionFailedError, NotFoundError, RequestTimeoutError
-from tests.clients.answers import UNCERTAINTY, completion
+from credence.clients import Client, ConnectionFailedError, NotFoundError, RequestTimeoutError, TransportError
+from tests.clients.answers import UNCERTAINTY, chunk, completion, events
 
 SLOW_S = 1.0
 
@@ -17,6 +17,23 @@ SLOW_S = 1.0
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     posts = 0
+    connections = 0
+
+    def setup(self) -> None:
+        type(self).connections += 1
+        super().setup()
+
+    def send_stream(self, *pieces: bytes, end: bool = True) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for piece in pieces:
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        if end:
+            self.wfile.write(b"0\r\n\r\n")
+        else:
+            self.close_connection = True
 
     def answer(self, status: int, body: object, **headers: str) -> None:
         content = json.dumps(body).encode()
@@ -45,6 +62,13 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": {"message": "no model nobody", "type": "NotFoundError", "code": 404}})
         elif body["model"] == "busy" and type(self).posts % 2:
             self.answer(429, {"error": {"message": "later"}}, Retry_After="0")
+        elif body.get("stream"):
+            data = events(chunk(" hé"), chunk("llo", finish_reason="stop", uncertainty=UNCERTAINTY), "[DONE]")
+            cut = data.index("é".encode()) + 1
+            if body["model"] == "broken":
+                self.send_stream(events(chunk(" hé")), data[:cut], end=False)
+            else:
+                self.send_stream(data[:cut], data[cut:])
         else:
             self.answer(200, completion(UNCERTAINTY if body.get("uncertainty") else None))
 
@@ -61,7 +85,7 @@ class QuietServer(ThreadingHTTPServer):
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    Handler.posts = 0
+    Handler.posts = Handler.connections = 0
     server = QuietServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -94,6 +118,30 @@ def test_read_timeout_is_not_repeated(address: str) -> None:
     with Client(address, timeout_s=0.2, max_retries=3) as client, pytest.raises(RequestTimeoutError):
         client.complete("hello", model="slow")
     assert time.monotonic() - started < SLOW_S
+    assert Handler.posts == 1
+
+
+def test_streams_over_the_socket_use_one_connection(address: str) -> None:
+    with Client(address) as client:
+        for _ in range(3):
+            with client.stream_complete("hello", model="triage", uncertainty=True) as stream:
+                assert "".join(chunk.text for chunk in stream) == " héllo"
+            assert stream.uncertainty is not None and stream.uncertainty.confidence == 0.83
+    assert (Handler.posts, Handler.connections) == (3, 1)
+
+
+def test_a_stream_left_early_does_not_disturb_the_next(address: str) -> None:
+    with Client(address) as client:
+        with client.stream_complete("hello", model="triage") as stream:
+            assert next(stream).text == " hé"
+        assert client.complete("hello", model="triage").text == " text 0"
+
+
+def test_a_connection_broken_in_the_middle_of_a_stream_is_not_repeated(address: str) -> None:
+    with Client(address, max_retries=3) as client, client.stream_complete("hello", model="broken") as stream:
+        assert next(stream).text == " hé"
+        with pytest.raises(TransportError, match="whether the server did the work is unknown"):
+            next(stream)
     assert Handler.posts == 1
 
 
