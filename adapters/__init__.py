@@ -1,9 +1,13 @@
 """Bayesian adapters: posteriors over LoRA weights, their artifacts, samples and uncertainty scores."""
 
+from credence.adapters.adaptive import settled_choice, settled_flag, settled_threshold, stages
+from credence.adapters.agreement import Agreement, AnswerCount, agreement, normalise_answer
 from credence.adapters.artifact import Artifact, load_artifact, write_artifact, write_sample
+from credence.adapters.choices import ChoiceScores, choice_scores
 from credence.adapters.config import BaseModelRef, Calibration, CurvePoint, Fit, PosteriorConfig
 from credence.adapters.errors import AdapterError, ArtifactError, PosteriorError
 from credence.adapters.kinds import KINDS, DiagPosterior, PointPosterior, RowPosterior
+from credence.adapters.merged import MergedModel, delta, delta_config, is_merged, load_merged, merge, write_delta
 from credence.adapters.posterior import LoraFactors, Posterior, draw
 from credence.adapters.sampling import NoiseSource
 from credence.adapters.uncertainty import SequenceScores, TokenScores, sequence_scores, token_scores
@@ -11,14 +15,18 @@ from credence.adapters.uncertainty import SequenceScores, TokenScores, sequence_
 __all__ = [
     "KINDS",
     "AdapterError",
+    "Agreement",
+    "AnswerCount",
     "Artifact",
     "ArtifactError",
     "BaseModelRef",
     "Calibration",
+    "ChoiceScores",
     "CurvePoint",
     "DiagPosterior",
     "Fit",
     "LoraFactors",
+    "MergedModel",
     "NoiseSource",
     "PointPosterior",
     "Posterior",
@@ -27,10 +35,23 @@ __all__ = [
     "RowPosterior",
     "SequenceScores",
     "TokenScores",
+    "agreement",
+    "choice_scores",
+    "delta",
+    "delta_config",
     "draw",
+    "is_merged",
     "load_artifact",
+    "load_merged",
+    "merge",
+    "normalise_answer",
     "sequence_scores",
+    "settled_choice",
+    "settled_flag",
+    "settled_threshold",
+    "stages",
     "token_scores",
     "write_artifact",
+    "write_delta",
     "write_sample",
 ]

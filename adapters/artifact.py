@@ -220,9 +220,17 @@ def write_sample(path: str | Path, artifact: Artifact, *, seed: int, index: int,
         ArtifactError: if ``path`` exists and is not empty.
     """
     check_tau(tau)
-    factors = artifact.draw(seed=seed, index=index, tau=tau)
+    write_factors(path, artifact.adapter_config, artifact.draw(seed=seed, index=index, tau=tau))
+
+
+def write_factors(path: str | Path, adapter_config: Mapping[str, Any], factors: Mapping[str, LoraFactors]) -> None:
+    """Writes factors (float32) and their PEFT configuration as a plain LoRA folder.
+
+    Raises:
+        ArtifactError: if ``path`` exists and is not empty.
+    """
     with replacing_folder(Path(path), replace=False) as folder:
-        (folder / MEAN_CONFIG).write_bytes(_dump_json(artifact.adapter_config))
+        (folder / MEAN_CONFIG).write_bytes(_dump_json(adapter_config))
         (folder / MEAN_TENSORS).write_bytes(dump_safetensors(peft_tensors(factors), metadata={"format": "pt"}))
 
 
@@ -348,5 +356,6 @@ __all__ = [
     "load_artifact",
     "peft_tensors",
     "write_artifact",
+    "write_factors",
     "write_sample",
 ]
