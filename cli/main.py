@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from credence.cli import artifact, complete, serve, training
+from credence.cli import artifact, bench, complete, score, serve, training
 from credence.cli.output import CommandError
 
 FAILED = 1
@@ -26,12 +26,15 @@ app.command("train")(training.train)
 app.command("release")(training.release)
 app.command("inspect")(artifact.inspect)
 app.command("draw")(artifact.draw)
+app.command("merge")(artifact.merge)
 app.command("eval")(training.evaluate)
 app.command(
     "serve",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},
 )(serve.serve)
 app.command("complete")(complete.complete)
+app.command("score")(score.score)
+app.add_typer(bench.app, name="bench")
 
 
 def _show_version(asked: bool) -> None:

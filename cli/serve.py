@@ -42,7 +42,12 @@ def serve(
             f"--default-samples is {default_samples}, more than --max-samples {max_samples}; lower one or raise the other"
         )
     with needs_extra("serve"):
+        from credence.adapters import is_merged
         from credence.serve.launcher import main
+    if not adapters and not is_merged(base):
+        raise typer.BadParameter(
+            f"no --adapter given, and {base} is no model of `credence merge`; add --adapter NAME=DIR"
+        )
     return main(
         base=base,
         adapters=adapters,
@@ -64,6 +69,4 @@ def _parse_adapters(given: list[str]) -> dict[str, str]:
         if name in adapters:
             raise typer.BadParameter(f"--adapter {name} is given twice; names must differ")
         adapters[name] = directory
-    if not adapters:
-        raise typer.BadParameter("no --adapter given; add at least one --adapter NAME=DIR")
     return adapters

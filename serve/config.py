@@ -8,7 +8,7 @@ import os
 import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from credence.serve.errors import ConfigurationError
 
@@ -22,9 +22,11 @@ class ServeConfig(BaseModel):
 
     Attributes:
         adapters: artifact folder by served name.
+        merged: the base model holds the mean of the one adapter: its samples are served as delta adapters, its mean without LoRA.
         default_samples: K when a request does not say.
         max_samples: largest K a request may ask for; needs as many LoRA slots.
         max_inflight_rows: member rows in flight before requests get 503.
+        max_scored_rows: largest number of (sample, token) pairs that one text may be scored on; a worker holds a hidden state for each.
         max_body_bytes: largest request body.
         state_dir: private folder of this server: verified artifact copies.
         stats_dir: tmpfs folder of this server: one statistics file per running ensemble.
@@ -33,9 +35,11 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     adapters: dict[str, str] = Field(min_length=1)
+    merged: bool = False
     default_samples: Annotated[int, Field(ge=1)] = 8
     max_samples: Annotated[int, Field(ge=1, le=1024)] = 32
     max_inflight_rows: Annotated[int, Field(ge=1)] = 1024
+    max_scored_rows: Annotated[int, Field(ge=1)] = 65536
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
     state_dir: str
     stats_dir: str
@@ -48,10 +52,21 @@ class ServeConfig(BaseModel):
                 raise ValueError(f"adapter name {name!r} must match {ADAPTER_NAME.pattern}")
         return adapters
 
+    @model_validator(mode="after")
+    def _one_mean_is_merged(self) -> "ServeConfig":
+        if self.merged and len(self.adapters) != 1:
+            raise ValueError(f"a merged model serves one adapter, its own; got {sorted(self.adapters)}")
+        return self
+
     @property
     def num_slots(self) -> int:
         """Samples the workers keep: every adapter's resident set, and room for the largest request beside them."""
         return self.default_samples * len(self.adapters) + self.max_samples
+
+    @property
+    def num_mean_loras(self) -> int:
+        """Means that take a LoRA slot: one per adapter, none of a merged model."""
+        return 0 if self.merged else len(self.adapters)
 
 
 def from_environment() -> ServeConfig:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from credence.adapters import ArtifactError, load_artifact
+from credence.adapters import Artifact, ArtifactError, is_merged, load_artifact, load_merged
 from credence.serve.config import ADAPTER_NAME, CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from credence.serve.errors import ConfigurationError
 
@@ -28,8 +28,8 @@ def main(
     """Serves ``base`` with Bayesian adapters until a signal.
 
     Args:
-        base: model folder or hub id.
-        adapters: artifact folder by served name.
+        base: model folder or hub id; a folder of `credence merge` brings its adapter with it.
+        adapters: artifact folder by served name; empty for a merged model.
         api_key_file: file holding the API key that requests must send.
         extra_args: any flags of vLLM's server.
         default_samples, max_samples: K when a request does not say, and the largest K.
@@ -43,9 +43,15 @@ def main(
     state = Path(tempfile.mkdtemp(prefix="credence-serve-"))
     stats = Path(tempfile.mkdtemp(prefix="credence-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else state))
     try:
-        stored, rank, modules = verify(adapters, state / "artifacts")
+        merged = is_merged(base)
+        dtype: str | None = None
+        if merged:
+            stored, rank, modules, dtype = verify_merged(base, adapters, state / "artifacts", extra_args)
+        else:
+            stored, rank, modules = verify(adapters, state / "artifacts")
         config = ServeConfig(
             adapters=stored,
+            merged=merged,
             default_samples=min(default_samples, max_samples),
             max_samples=max_samples,
             state_dir=str(state),
@@ -62,6 +68,7 @@ def main(
             modules=modules,
             scheduler=server.SCHEDULER,
             given=extra_args,
+            dtype=dtype,
         )
         return server.run([*argv, *extra_args])
     finally:
@@ -92,12 +99,68 @@ def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], in
             raise ConfigurationError(f"--adapter {name}={path} is refused ({error.reason}): {error}") from error
         stored[name] = str(artifact.path)
         rank = max(rank, artifact.config.rank)
-        modules |= {module.rpartition(".")[2] for module in artifact.mean}
+        modules |= _adapted(artifact)
+    return stored, rank, sorted(modules)
+
+
+def verify_merged(
+    base: str, adapters: Mapping[str, str], store: Path, given: Sequence[str]
+) -> tuple[dict[str, str], int, list[str], str]:
+    """Verifies a merged model, its weights too, and copies its artifact to the server's private store.
+
+    Args:
+        base: folder that `credence merge` wrote.
+        given: the user's flags for vLLM; `--served-model-name` among them renames the adapter.
+
+    Returns:
+        Folder of the copy by served name, the rank of the delta adapters, the adapted modules' last names, and the weights' dtype.
+
+    Raises:
+        ConfigurationError: other adapters were given, the name is not valid, or the folder is refused; the message holds the reason.
+    """
+    if adapters:
+        raise ConfigurationError(
+            f"{base} is a merged model and serves its own adapter alone; remove --adapter {', '.join(sorted(adapters))}, or serve the "
+            "base model with several adapters"
+        )
+    names = flag_values("--served-model-name", given)
+    if names is not None and (len(names) != 1 or not ADAPTER_NAME.match(names[0])):
+        raise ConfigurationError(
+            f"--served-model-name {' '.join(names)}: a merged model has one name, and it must match {ADAPTER_NAME.pattern}"
+        )
+    try:
+        model = load_merged(base, store=store)
+    except ArtifactError as error:
+        raise ConfigurationError(f"the merged model {base} is refused ({error.reason}): {error}") from error
+    stored = {names[0] if names else model.name: str(model.artifact.path)}
+    return stored, model.rank, sorted(_adapted(model.artifact)), model.dtype
+
+
+def _adapted(artifact: Artifact) -> set[str]:
+    """Last names of the modules an artifact changes; raises ConfigurationError for one that vLLM serves wrongly."""
+    modules = {module.rpartition(".")[2] for module in artifact.mean}
     if "lm_head" in modules:
         raise ConfigurationError(
             "an adapter changes lm_head; vLLM 0.32 computes wrong log-probabilities there, train without it"
         )
-    return stored, rank, sorted(modules)
+    return modules
+
+
+def flag_values(flag: str, given: Sequence[str]) -> list[str] | None:
+    """The values of the last ``flag`` in a command line (``--a-b x y``, ``--a_b=x``), or None without it."""
+    found: list[str] | None = None
+    open_flag = False
+    for part in given:
+        name, equals, value = part.partition("=")
+        if part.startswith("--"):
+            open_flag = name.replace("_", "-") == flag
+            if open_flag:
+                found = [value] if equals else []
+        elif part.startswith("-") and len(part) > 1:
+            open_flag = False
+        elif open_flag and found is not None:
+            found.append(part)
+    return found
 
 
 def set_environment(config: ServeConfig, keys: Sequence[str]) -> None:
@@ -113,13 +176,23 @@ def set_environment(config: ServeConfig, keys: Sequence[str]) -> None:
 
 
 def defaults(
-    config: ServeConfig, *, rank: int, modules: Sequence[str], scheduler: str, given: Sequence[str]
+    config: ServeConfig,
+    *,
+    rank: int,
+    modules: Sequence[str],
+    scheduler: str,
+    given: Sequence[str],
+    dtype: str | None = None,
 ) -> list[str]:
-    """vLLM's flags that ensembles need. Flags the user gave are left to the user; the plugin refuses what does not fit."""
-    wanted = {
+    """vLLM's flags that ensembles need. Flags the user gave are left to the user; the plugin refuses what does not fit.
+
+    Args:
+        dtype: of a merged model's weights. vLLM would round a float32 model to a half precision by itself.
+    """
+    wanted: dict[str, list[str]] = {
         "--enable-lora": [],
-        "--max-loras": [str(config.max_samples + len(config.adapters))],
-        "--max-cpu-loras": [str(config.num_slots + len(config.adapters))],
+        "--max-loras": [str(config.max_samples + config.num_mean_loras)],
+        "--max-cpu-loras": [str(config.num_slots + config.num_mean_loras)],
         "--max-lora-rank": [str(rank)],
         "--lora-target-modules": list(modules),
         "--scheduler-cls": [scheduler],
@@ -127,6 +200,10 @@ def defaults(
         # vLLM bounds n and the number of prompts, not their product: one request can hold 16 million sequences.
         "--max-num-queued-reqs": [str(2 * config.max_inflight_rows)],
     }
+    if config.merged:
+        wanted["--served-model-name"] = list(config.adapters)
+    if dtype is not None:
+        wanted["--dtype"] = [dtype]
     names = {flag.partition("=")[0].replace("_", "-") for flag in given if flag.startswith("--")}
     return [part for flag, values in wanted.items() if flag not in names for part in (flag, *values)]
 

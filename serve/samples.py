@@ -9,9 +9,13 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 from urllib.parse import parse_qs, urlencode
 
 SCHEME = "credence:?"
+Layout = Literal["shared", "delta"]
+"""``shared``: the sample's own factors. ``delta``: its difference from the mean, for a model that the mean is merged into."""
+_LAYOUTS: dict[str, Layout] = {"shared": "shared", "delta": "delta"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,7 @@ class SampleRef:
         store: absolute path of the verified copy of the artifact.
         digest: ``sha256:<64 hex>`` of the artifact.
         seed, index, tau: arguments of ``Artifact.draw``.
+        layout: which factors the worker makes of the draw.
     """
 
     store: str
@@ -29,6 +34,7 @@ class SampleRef:
     seed: int
     index: int
     tau: float
+    layout: Layout = "shared"
 
     def to_path(self) -> str:
         """The ``lora_path`` under which a vLLM worker draws this sample."""
@@ -38,6 +44,7 @@ class SampleRef:
             "seed": self.seed,
             "index": self.index,
             "tau": repr(self.tau),
+            "layout": self.layout,
         }
         return SCHEME + urlencode(fields)
 
@@ -49,19 +56,23 @@ class SampleRef:
             ValueError: if ``path`` is not of that form.
         """
         fields = parse_qs(path.removeprefix(SCHEME), strict_parsing=True) if path.startswith(SCHEME) else {}
-        if set(fields) != {"store", "digest", "seed", "index", "tau"} or any(
+        if set(fields) != {"store", "digest", "seed", "index", "tau", "layout"} or any(
             len(values) != 1 for values in fields.values()
         ):
             raise ValueError(
-                f"{path!r} does not name a posterior sample ({SCHEME}store=..&digest=..&seed=..&index=..&tau=..)"
+                f"{path!r} does not name a posterior sample ({SCHEME}store=..&digest=..&seed=..&index=..&tau=..&layout=..)"
             )
         value = {key: values[0] for key, values in fields.items()}
+        layout = _LAYOUTS.get(value["layout"])
+        if layout is None:
+            raise ValueError(f"{path!r} has the layout {value['layout']!r}; there are {', '.join(_LAYOUTS)}")
         return cls(
             store=value["store"],
             digest=value["digest"],
             seed=int(value["seed"]),
             index=int(value["index"]),
             tau=float(value["tau"]),
+            layout=layout,
         )
 
 
@@ -91,6 +102,7 @@ class SampleSlots:
         self._lora_ids = lora_ids
         self._slots: OrderedDict[SampleRef, Slot] = OrderedDict()
         self._leases: dict[SampleRef, int] = {}
+        self._pinned: set[SampleRef] = set()
         self._names = [f"credence-slot-{number:03d}" for number in reversed(range(num_slots))]
 
     def lease(self, refs: Sequence[SampleRef]) -> tuple[list[Slot], list[Slot]]:
@@ -105,6 +117,7 @@ class SampleSlots:
         wanted = set(refs)
         new = [ref for ref in dict.fromkeys(refs) if ref not in self._slots]
         idle = [ref for ref in self._slots if not self._leases.get(ref) and ref not in wanted]
+        idle.sort(key=self._pinned.__contains__)  # stable: the least recently used first, pinned ones last
         shortage = len(new) - len(self._names)
         if shortage > len(idle):
             raise NoFreeSlot(
@@ -118,6 +131,10 @@ class SampleSlots:
             self._slots.move_to_end(ref)
             self._leases[ref] = self._leases.get(ref, 0) + 1
         return [self._slots[ref] for ref in refs], displaced
+
+    def pin(self, refs: Iterable[SampleRef]) -> None:
+        """Keeps samples in their slots for as long as any other idle sample can make room."""
+        self._pinned.update(refs)
 
     def release(self, refs: Sequence[SampleRef]) -> None:
         """Ends one lease of each sample; the samples stay in their slots until the slots are needed."""

@@ -1,9 +1,9 @@
 """Draws posterior samples inside the vLLM worker.
 
-A LoRA request whose path is a ``SampleRef`` (``credence:?store=..&digest=..&seed=..&index=..&tau=..``) is not a
-folder: the worker opens the artifact, draws the sample and hands the factors to vLLM as if they had been read from
-a plain LoRA folder. The draw is a pure function of the path, so every tensor-parallel rank, and every reload after
-an eviction, gets the same bits.
+A LoRA request whose path is a ``SampleRef`` (``credence:?store=..&digest=..&seed=..&index=..&tau=..&layout=..``) is not a
+folder: the worker opens the artifact, draws the sample and hands its factors to vLLM as if they had been read from a plain LoRA folder;
+in the layout ``delta`` those of its difference from the mean. The draw is a pure function of the path, so every tensor-parallel rank,
+and every reload after an eviction, gets the same bits.
 """
 
 import functools
@@ -14,6 +14,7 @@ from typing import Any
 
 from credence.adapters.artifact import Artifact, load_artifact, peft_tensors
 from credence.adapters.errors import AdapterError, ArtifactError
+from credence.adapters.merged import delta, delta_config
 from credence.serve.engine import SampleLoadError
 from credence.serve.samples import SCHEME, SampleRef
 
@@ -100,18 +101,23 @@ def load_sample(manager: Any, lora_request: Any, artifacts: ArtifactCache) -> An
     try:
         ref = SampleRef.parse(path)
         artifact = artifacts.get(ref)
+        factors, config = artifact.draw(seed=ref.seed, index=ref.index, tau=ref.tau), artifact.adapter_config
+        if ref.layout == "delta":
+            factors = delta(factors, artifact.mean)
+            config = delta_config(config, factors)
         # peft_tensors copies, and it has to: vLLM folds alpha / r into B in place, and a factor without noise is the artifact's own tensor.
-        tensors = peft_tensors(artifact.draw(seed=ref.seed, index=ref.index, tau=ref.tau))
-        return _lora_model(manager, lora_request, artifact, tensors)
+        return _lora_model(manager, lora_request, config, peft_tensors(factors), set(artifact.mean))
     except (AdapterError, ValueError, OSError) as error:
         raise SampleLoadError(f"{error} (sample {path})") from error
 
 
-def _lora_model(manager: Any, lora_request: Any, artifact: Artifact, tensors: dict[str, Any]) -> Any:
+def _lora_model(
+    manager: Any, lora_request: Any, adapter_config: dict[str, Any], tensors: dict[str, Any], modules: set[str]
+) -> Any:
     from vllm.lora.peft_helper import PEFTHelper
 
     adapters, model = manager._adapter_manager, manager._adapter_manager.model
-    config = {**artifact.adapter_config, "vllm_max_position_embeddings": manager.max_position_embeddings}
+    config = {**adapter_config, "vllm_max_position_embeddings": manager.max_position_embeddings}
     helper = PEFTHelper.from_dict(config)
     helper.validate_legal(manager.lora_config)
     served = {
@@ -119,7 +125,7 @@ def _lora_model(manager: Any, lora_request: Any, artifact: Artifact, tensors: di
         for module in adapters.supported_lora_modules
         for name in adapters.packed_modules_mapping.get(module, [module])
     }
-    unknown = sorted({module for module in artifact.mean if module.rpartition(".")[2] not in served})
+    unknown = sorted({module for module in modules if module.rpartition(".")[2] not in served})
     if unknown:
         raise ValueError(f"the adapter has modules {unknown}, the served model takes LoRA on {sorted(served)}")
     # Models rename some weights (vision-language wrappers); LoRA needs the renames, not the stacking.

@@ -1,12 +1,17 @@
 import json
+import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from credence.adapters import load_artifact
+from credence.adapters import delta, load_artifact
+from credence.cli.artifact import _linear_modules
+from credence.cli.main import run
 from tests.cli.conftest import MODULES, RANK, WIDTH, Command, write
+from tests.tiny import make_artifact, make_model
 
 
 def test_inspect_for_people(tmp_path: Path, credence: Command) -> None:
@@ -37,7 +42,7 @@ def test_inspect_as_json(tmp_path: Path, credence: Command) -> None:
         path.stat().st_size for path in (tmp_path / "a").iterdir() if path.name != "manifest.json"
     )
     assert document["tau"]["8"]["value"] == 4.0 and document["temperature"]["8"]["value"] == 1.3
-    assert document["warnings"] == []
+    assert document["warnings"] == [] and document["merged"] is None
     precision = document["precision"]
     assert precision["tau"] == 4.0
     assert [entry["module"] for entry in precision["factors"]] == sorted(MODULES)
@@ -157,3 +162,140 @@ def test_draw_leaves_nothing_behind_when_it_fails(
     outcome = credence("draw", tmp_path / "a", "--k", 2, "--output", tmp_path / "out")
     assert outcome.code == 1 and "No space left on device" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def merged(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A released adapter with noise on both factors, so small that bfloat16 would not hold it, merged in bfloat16."""
+    folder = tmp_path_factory.mktemp("merged")
+    make_artifact(folder / "triage", noise=1e-3, tau={8: 2.0}, temperature={8: 1.3})
+    arguments = ("merge", folder / "triage", "--base", base, "--output", folder / "model", "--dtype", "bfloat16")
+    assert run([str(argument) for argument in arguments]) == 0
+    return folder / "model"
+
+
+def test_merge_writes_a_model_and_says_what_rounding_took(base: Path, tmp_path: Path, credence: Command) -> None:
+    artifact = make_artifact(tmp_path / "triage")
+    outcome = credence(
+        "merge", artifact.path, "--base", base, "--output", tmp_path / "out", "--dtype", "bfloat16", "--json", "-"
+    )
+    assert outcome.code == 0
+    document = json.loads(outcome.out)
+    assert f"{artifact.digest} in bfloat16, rounding took" in outcome.err
+    assert f"credence serve {tmp_path / 'out'}" in outcome.err and "warning" not in outcome.err
+    rounding = document.pop("rounding")
+    assert 1e-4 < rounding["median"] <= rounding["max"] < 0.1
+    assert document == {
+        "path": str(tmp_path / "out"),
+        "name": "triage",
+        "dtype": "bfloat16",
+        "digest": artifact.digest,
+        "base_model": {"name": "tiny", "revision": None},
+        "modules": 14,
+        "delta_rank": 32,
+        "weights": {"model.safetensors": sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()},
+    }
+
+
+def test_merge_into_another_base_warns(base: Path, tmp_path: Path, credence: Command) -> None:
+    """Its files are links, as in a hub cache."""
+    (tmp_path / "copy").mkdir()
+    for path in base.iterdir():
+        (tmp_path / "copy" / path.name).symlink_to(path)
+    artifact = make_artifact(tmp_path / "a", kind="point")
+    outcome = credence(
+        "merge", artifact.path, "--base", tmp_path / "copy", "--output", tmp_path / "out", "--name", "b.c-1"
+    )
+    assert outcome.code == 0 and "warning: the adapter was trained on 'tiny', and is merged into 'copy'" in outcome.err
+    assert json.loads((tmp_path / "out" / "credence_merged.json").read_text())["name"] == "b.c-1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "Triage"], "the name 'Triage' must match"),
+        (["--base", "{tmp}/none"], "is no folder and cannot be fetched from the hub"),
+        (["--base", "no/such-model"], "is no folder and cannot be fetched from the hub"),
+        (["--base", "{tmp}/empty"], "is not a causal language model that transformers knows"),
+        (["--output", "{tmp}/empty/.."], "choose another folder"),
+    ],
+)
+def test_merge_refuses_in_one_sentence(
+    base: Path, tmp_path: Path, credence: Command, arguments: list[str], message: str
+) -> None:
+    artifact = make_artifact(tmp_path / "a", kind="row")
+    (tmp_path / "empty").mkdir()
+    given = [part.format(tmp=tmp_path) for part in arguments]
+    outcome = credence("merge", artifact.path, "--base", base, "--output", tmp_path / "out", *given)
+    assert outcome.code == 1 and message in outcome.err and outcome.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
+
+
+def test_transposed_and_tied_layers_are_not_plain_linear_ones(tmp_path: Path) -> None:
+    """GPT-2 stores its projections transposed, and lm_head shares the embedding's weight: same shapes, another meaning."""
+    from transformers import GPT2Config, LlamaConfig
+
+    GPT2Config(
+        n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32, architectures=["GPT2LMHeadModel"]
+    ).save_pretrained(tmp_path / "gpt2")
+    assert _linear_modules(tmp_path / "gpt2") == {}
+    llama = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    LlamaConfig(**llama, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    LlamaConfig(**llama, tie_word_embeddings=False).save_pretrained(tmp_path / "untied")
+    tied, untied = _linear_modules(tmp_path / "tied"), _linear_modules(tmp_path / "untied")
+    assert untied["lm_head"] == (64, 32) and untied["model.layers.0.mlp.down_proj"] == (32, 48) and len(untied) == 8
+    assert set(untied) - set(tied) == {"lm_head"}
+
+
+def test_inspect_of_a_merged_model(merged: Path, tmp_path: Path, credence: Command) -> None:
+    outcome = credence("inspect", merged, "--json", tmp_path / "out.json")
+    assert outcome.code == 0 and "28 of 28 factors have noise below 1 ulp of bfloat16" in outcome.err
+    assert "its deltas hold it, bfloat16 arithmetic does not; serve with --dtype float32" in outcome.err
+    assert outcome.out.startswith("merged model  triage, bfloat16 weights (verified), samples are deltas of rank 32\n")
+    assert "noise at tau 2 beside the unmerged factors: lowest" in outcome.out
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["merged"] == {
+        "name": "triage",
+        "dtype": "bfloat16",
+        "base_model": {"name": "tiny", "revision": None},
+        "delta_rank": 32,
+    }
+    assert "most of it rounds away" in credence("inspect", merged / "credence").err, "the same artifact, not merged"
+    shutil.copytree(merged, tmp_path / "changed")
+    weights = tmp_path / "changed" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    outcome = credence("inspect", tmp_path / "changed")
+    assert outcome.code == 1 and "is not the file `credence merge` wrote" in outcome.err
+
+
+def test_draw_from_a_merged_model_writes_deltas(merged: Path, tmp_path: Path, credence: Command) -> None:
+    outcome = credence("draw", merged, "--k", 2, "--seed", 5, "--output", tmp_path / "out", "--json", "-")
+    artifact = load_artifact(merged / "credence")
+    names = ["sample-00", "sample-01"]
+    assert outcome.code == 0 and json.loads(outcome.out) == {
+        "digest": artifact.digest,
+        "seed": 5,
+        "tau": 2.0,
+        "samples": [str(tmp_path / "out" / name) for name in names],
+        "layout": "delta",
+    }
+    for index, name in enumerate(names):
+        tensors = load_file(tmp_path / "out" / name / "adapter_model.safetensors")
+        expected = delta(artifact.draw(seed=5, index=index, tau=2.0), artifact.mean)
+        assert len(tensors) == 2 * len(expected)
+        for module, pair in expected.items():
+            assert torch.equal(tensors[f"base_model.model.{module}.lora_A.weight"], pair.A)
+            assert torch.equal(tensors[f"base_model.model.{module}.lora_B.weight"], pair.B)
+        config = json.loads((tmp_path / "out" / name / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (32, 48)

@@ -2,15 +2,19 @@
 
 import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from credence.adapters import Artifact
+from credence.adapters import Artifact, BaseModelRef, merge
+from credence.adapters.merged import MODEL_NAME
 from credence.serve import launcher
 from credence.serve.config import CONFIG_VARIABLE, ServeConfig, from_environment
 from credence.serve.errors import ConfigurationError
-from tests.tiny import make_artifact
+from tests.tiny import LAYERS, SHAPES, make_artifact, make_model
 
 
 @pytest.fixture
@@ -100,3 +104,122 @@ def test_api_key_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read"):
         launcher.api_keys(str(tmp_path / "absent"))
     assert launcher.api_keys(None) == []
+
+
+# Merged models
+
+MODULES = sorted(name.rpartition(".")[2] for name in SHAPES)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "tiny")
+
+
+def merged_model(base: Path, folder: Path, kind: str = "diag") -> Path:
+    shapes = {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in SHAPES.items()}
+    artifact = make_artifact(folder / kind, kind=kind)
+    reference = BaseModelRef(name="tiny")
+    merge(artifact.path, base, folder / "merged", linear_modules=shapes, base_model=reference, name="triage")
+    return folder / "merged"
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("diag", 32), ("row", 16), ("point", 16)])
+def test_a_merged_model_brings_its_adapter(base: Path, tmp_path: Path, kind: str, rank: int) -> None:
+    model = merged_model(base, tmp_path, kind)
+    stored, found, modules, dtype = launcher.verify_merged(str(model), {}, tmp_path / "store", [])
+    digest = json.loads((model / "credence_merged.json").read_text())["digest"]
+    assert stored == {"triage": str(tmp_path / "store" / digest.removeprefix("sha256:"))}
+    assert (found, modules, dtype) == (rank, MODULES, "float32")
+
+
+def test_changed_weights_of_a_merged_model_are_refused(base: Path, tmp_path: Path) -> None:
+    model = merged_model(base, tmp_path)
+    weights = model / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ConfigurationError, match=r"refused \(hash_mismatch\).*weights were changed.*merge again"):
+        launcher.verify_merged(str(model), {}, tmp_path / "store", [])
+
+
+def test_a_merged_model_takes_no_other_adapter(base: Path, artifact: Artifact, tmp_path: Path) -> None:
+    model = merged_model(base, tmp_path)
+    with pytest.raises(
+        ConfigurationError, match="is a merged model and serves its own adapter alone; remove --adapter x"
+    ):
+        launcher.verify_merged(str(model), {"x": str(artifact.path)}, tmp_path / "store", [])
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (["--served-model-name", "other", "--dtype", "float32"], "other"),
+        (["--max-model-len", "64", "--served_model_name=other"], "other"),
+        (["--served-model-name", "first", "--served-model-name=other"], "other"),
+        (["--model-name", "other"], "triage"),
+    ],
+)
+def test_a_name_of_the_user_is_the_adapters_name(base: Path, tmp_path: Path, given: list[str], name: str) -> None:
+    stored, *_ = launcher.verify_merged(str(merged_model(base, tmp_path)), {}, tmp_path / "store", given)
+    assert list(stored) == [name]
+
+
+@pytest.mark.parametrize("given", [["a", "b"], [], ["A"], ["a/b"]])
+def test_a_merged_model_has_one_valid_name(base: Path, tmp_path: Path, given: list[str]) -> None:
+    with pytest.raises(ConfigurationError, match="a merged model has one name"):
+        launcher.verify_merged(
+            str(merged_model(base, tmp_path)), {}, tmp_path / "store", ["--served-model-name", *given]
+        )
+
+
+def test_the_name_of_a_merged_model_is_a_name_of_an_adapter() -> None:
+    assert launcher.ADAPTER_NAME.pattern == f"^{MODEL_NAME.pattern}$"
+
+
+def test_flags_of_a_merged_model() -> None:
+    """Its mean takes no slot, and its dtype is kept: vLLM would round float32 weights."""
+    merged = config(adapters={"triage": "/x"}, merged=True)
+    flags = launcher.defaults(merged, rank=32, modules=["q_proj"], scheduler="s", given=[], dtype="float32")
+    values = {flag: flags[flags.index(flag) + 1] for flag in ("--max-loras", "--max-cpu-loras", "--dtype")}
+    assert values == {"--max-loras": "16", "--max-cpu-loras": "20", "--dtype": "float32"}
+    assert flags[flags.index("--served-model-name") + 1] == "triage"
+    given = ["--served-model-name", "triage", "--dtype=bfloat16"]
+    flags = launcher.defaults(merged, rank=32, modules=["q_proj"], scheduler="s", given=given, dtype="float32")
+    assert "--served-model-name" not in flags and "--dtype" not in flags
+    assert "--dtype" not in launcher.defaults(config(), rank=16, modules=["q_proj"], scheduler="s", given=[])
+
+
+def test_a_merged_configuration_has_one_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not config().merged
+    text = config().model_dump_json().replace('"merged":false', '"merged":true')
+    monkeypatch.setenv(CONFIG_VARIABLE, text)
+    with pytest.raises(ConfigurationError, match="a merged model serves one adapter"):
+        from_environment()
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_the_whole_command_line(
+    base: Path, artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merged: bool
+) -> None:
+    """What vLLM would be started with; the server itself is replaced."""
+    started: list[tuple[list[str], ServeConfig]] = []
+
+    def run(argv: Sequence[str]) -> int:
+        started.append((list(argv), from_environment()))
+        assert Path(next(iter(from_environment().adapters.values())), "manifest.json").exists()
+        return 7
+
+    server = SimpleNamespace(run=run, smallest_lora_rank=lambda rank: rank, SCHEDULER="s")
+    monkeypatch.setitem(sys.modules, "credence.serve.vllm_plugin.server", server)
+    monkeypatch.setattr("credence.serve.vllm_plugin.server", server, raising=False)
+    for name in (CONFIG_VARIABLE, "CREDENCE_PLUGIN_TOKEN", "VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER"):
+        monkeypatch.setenv(name, "")
+    model = merged_model(base, tmp_path) if merged else base
+    adapters = {} if merged else {"triage": str(artifact.path)}
+    assert launcher.main(str(model), adapters, extra_args=["--seed", "1"]) == 7
+    [(argv, seen)] = started
+    assert argv[:2] == ["--model", str(model)] and argv[-2:] == ["--seed", "1"]
+    assert (list(seen.adapters), seen.merged) == (["triage"], merged)
+    assert argv[argv.index("--max-lora-rank") + 1] == ("32" if merged else "16")
+    assert ("--served-model-name" in argv, "--dtype" in argv) == (merged, merged)

@@ -5,26 +5,57 @@ import random
 
 import pytest
 
-from credence.serve.samples import NoFreeSlot, SampleRef, SampleSlots
+from credence.serve.samples import Layout, NoFreeSlot, SampleRef, SampleSlots
 
 
-def ref(index: int, *, seed: int = 0, tau: float = 1.0, digest: str = "sha256:" + "a" * 64) -> SampleRef:
-    return SampleRef(store="/store/a b&c=d", digest=digest, seed=seed, index=index, tau=tau)
+def ref(
+    index: int,
+    *,
+    seed: int = 0,
+    tau: float = 1.0,
+    digest: str = "sha256:" + "a" * 64,
+    layout: Layout = "shared",
+) -> SampleRef:
+    return SampleRef(store="/store/a b&c=d", digest=digest, seed=seed, index=index, tau=tau, layout=layout)
 
 
+@pytest.mark.parametrize("layout", ["shared", "delta"])
 @pytest.mark.parametrize("tau", [0.0, 1.0, 1 / 3, 1e-30, 316.22776601683796])
-def test_paths_round_trip(tau: float) -> None:
-    assert SampleRef.parse(ref(3, seed=2**63 - 1, tau=tau).to_path()) == ref(3, seed=2**63 - 1, tau=tau)
+def test_paths_round_trip(tau: float, layout: Layout) -> None:
+    original = ref(3, seed=2**63 - 1, tau=tau, layout=layout)
+    assert SampleRef.parse(original.to_path()) == original
 
 
-@pytest.mark.parametrize("path", ["", "/a/folder", "credence:?store=/a", "credence:?", "credence:?seed=1&seed=2"])
+def test_samples_are_their_own_factors_unless_said_otherwise() -> None:
+    assert SampleRef(store="/a", digest="d", seed=0, index=0, tau=1.0).layout == "shared"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "/a/folder",
+        "credence:?store=/a",
+        "credence:?",
+        "credence:?seed=1&seed=2",
+        ref(0).to_path().replace("layout=shared", "layout=merged"),
+        ref(0).to_path().replace("&layout=shared", ""),
+    ],
+)
 def test_other_paths_are_refused(path: str) -> None:
     with pytest.raises(ValueError):
         SampleRef.parse(path)
 
 
 def test_every_part_of_the_identity_changes_the_path() -> None:
-    variants = [ref(0), ref(1), ref(0, seed=1), ref(0, tau=2.0), ref(0, digest="sha256:" + "b" * 64)]
+    variants = [
+        ref(0),
+        ref(1),
+        ref(0, seed=1),
+        ref(0, tau=2.0),
+        ref(0, digest="sha256:" + "b" * 64),
+        ref(0, layout="delta"),
+    ]
     assert len({variant.to_path() for variant in variants}) == len(variants)
 
 

@@ -1,7 +1,5 @@
 """credence.serve.vllm_plugin.worker: samples drawn in the worker are the exported samples, and the gang is the exact model average."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,42 +9,24 @@ import torch
 
 from credence.adapters.artifact import Artifact, write_sample
 from credence.adapters.errors import ArtifactError
-from credence.serve.samples import SampleRef
+from credence.adapters.merged import write_delta
 from credence.serve.step_stats import StepStats
 from credence.serve.vllm_plugin.averaging import ChoiceRule, average, choose_token
 from tests.serve.vllm_plugin.conftest import (
     CHUNK,
-    PLUGIN_TOKEN,
     VOCABULARY,
     Engine,
     Reference,
+    gang_members,
     generate,
     logprob_matrix,
     prompt,
+    request,
+    sample,
 )
+from tests.tiny import make_artifact
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-_ids = iter(range(1000, 10**6))
-
-
-def sample(artifact: Artifact, index: int, seed: int = 0, tau: float = 1.0, **changes: Any) -> SampleRef:
-    fields = {
-        "store": str(artifact.path),
-        "digest": artifact.digest,
-        "seed": seed,
-        "index": index,
-        "tau": tau,
-        **changes,
-    }
-    return SampleRef(**fields)
-
-
-def request(path: str) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    number = next(_ids)
-    return LoRARequest(f"slot{number}", number, path)
 
 
 def test_artifacts_are_opened_once_and_the_oldest_is_forgotten(
@@ -109,6 +89,36 @@ def test_a_drawn_sample_is_the_exported_folder_and_the_peft_model(
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize(("kind", "rank"), [("row", 16), ("diag", 8), ("point", 16)])
+@pytest.mark.parametrize("tau", [1.0, 0.0])
+def test_a_drawn_delta_is_the_exported_delta(engine: Engine, tmp_path: Path, kind: str, rank: int, tau: float) -> None:
+    """Rank r and rank 2r; the engine's slots have rank 16. On a base that the mean is not merged into: what matters is the factors."""
+    from vllm import SamplingParams
+
+    artifact = make_artifact(tmp_path / "a", kind=kind, rank=rank)
+    write_delta(tmp_path / "delta", artifact, seed=2, index=1, tau=tau)
+    drawn = request(sample(artifact, 1, 2, tau, layout="delta").to_path())
+    tokens = prompt(12, 200 + int(tau) + rank + len(kind))
+    sampling = SamplingParams(max_tokens=8, temperature=0, logprobs=VOCABULARY, ignore_eos=True)
+    served = generate(engine, [tokens], sampling, [drawn])[0].outputs[0]
+    expected = Reference(engine.model_path, tmp_path / "delta").log_probs(tokens + list(served.token_ids))
+    torch.testing.assert_close(logprob_matrix(served), expected[len(tokens) - 1 : -1], rtol=0, atol=1e-4)
+    base = Reference(engine.model_path).log_probs(tokens + list(served.token_ids))
+    if tau == 0 or kind == "point":
+        assert torch.equal(base, expected), "no noise is no LoRA"
+    else:
+        assert float((base - expected).abs().max()) > 0.1, "the delta does nothing: the comparison proves nothing"
+
+
+@pytest.mark.engine
+def test_a_delta_wider_than_the_slots_is_refused(engine: Engine) -> None:
+    from credence.serve.engine import SampleLoadError
+
+    with pytest.raises(SampleLoadError, match="LoRA rank 32 is greater than max_lora_rank"):
+        engine.llm.llm_engine.add_lora(request(sample(engine.artifact, 0, layout="delta").to_path()))
+
+
+@pytest.mark.engine
 def test_a_sample_whose_folder_is_gone_is_drawn_again_from_memory(engine: Engine, tmp_path: Path) -> None:
     import shutil
 
@@ -156,37 +166,6 @@ def test_what_cannot_be_drawn_is_a_clear_error_when_it_is_added(
         engine.llm.llm_engine.add_lora(request(paths.get(path, path)))
 
 
-def gang_members(
-    artifact: Artifact, k: int, name: str, stats: str, seed: int = 0, **sampling: Any
-) -> tuple[list[Any], list[Any]]:
-    """Sampling parameters and adapters of one gang."""
-    from vllm import SamplingParams
-
-    parameters = [
-        SamplingParams(
-            **{"max_tokens": 12, "temperature": 0.0, "ignore_eos": True, **sampling},
-            extra_args={
-                "credence_gang": name, "credence_k": k, "credence_member": member, "credence_seed": seed,
-                "credence_stats": stats, "credence_token": PLUGIN_TOKEN,
-                "credence_temperature": 1.0, "credence_support": [],
-            },
-        )
-        for member in range(k)
-    ]  # fmt: skip
-    return parameters, [request(sample(artifact, member).to_path()) for member in range(k)]
-
-
-@pytest.fixture(scope="module")
-def references(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> list[Reference]:
-    """The four samples of the gang in transformers + PEFT."""
-    models = []
-    for index in range(4):
-        folder = tmp_path_factory.mktemp("gang") / "sample"
-        write_sample(folder, engine.artifact, seed=0, index=index, tau=1.0)
-        models.append(Reference(engine.model_path, folder))
-    return models
-
-
 def slow_gang(
     models: list[Reference], tokens: list[int], rule: ChoiceRule, steps: int
 ) -> tuple[list[int], list[list[float]]]:
@@ -199,14 +178,6 @@ def slow_gang(
         records.append(averaged.record(token[None])[0])
         text.append(int(token))
     return text[len(tokens) :], records
-
-
-@pytest.fixture
-def stats_path(tmp_path: Path) -> Iterator[str]:
-    path = str(tmp_path / "stats")
-    yield path
-    if os.path.exists(path):
-        os.unlink(path)
 
 
 @pytest.mark.engine
@@ -227,6 +198,8 @@ def test_a_gang_decodes_the_bayesian_model_average(
     with StepStats.create(stats_path, 4, 12) as stats:
         outputs = generate(engine, [*[tokens] * 4, other], [*parameters, plain], [*loras, None])
         table = stats.read(12)
+        wait_s = stats.read_wait()
+    assert wait_s is not None and 0 <= wait_s < 60
     texts = [list(output.outputs[0].token_ids) for output in outputs]
     expected, records = slow_gang(references, tokens, ChoiceRule(seed=9, temperature=temperature), 12)
     assert texts[:4] == [expected] * 4
@@ -240,7 +213,7 @@ def test_a_gang_decodes_the_bayesian_model_average(
 
 
 @pytest.mark.engine
-def test_members_that_are_not_in_step_leave_no_record(engine: Engine, stats_path: str) -> None:
+def test_members_that_are_not_in_step_leave_no_record(engine: Engine, stats_path: str, no_gangs: None) -> None:
     """Prompts too long for one step: without the gang scheduler the members come apart. The missing records show it."""
     parameters, loras = gang_members(engine.artifact, 4, "apart", stats_path)
     with StepStats.create(stats_path, 4, 12) as stats:
@@ -255,7 +228,9 @@ def test_members_that_are_not_in_step_leave_no_record(engine: Engine, stats_path
 
 
 @pytest.mark.engine
-def test_a_finished_prompt_is_not_averaged_with_an_unfinished_one(engine: Engine, stats_path: str) -> None:
+def test_a_finished_prompt_is_not_averaged_with_an_unfinished_one(
+    engine: Engine, stats_path: str, no_gangs: None
+) -> None:
     """Both members are in the batch without output, one at the end of its prompt, one in the middle; the batch alone does not show it."""
     parameters, loras = gang_members(engine.artifact, 2, "halfway", stats_path, max_tokens=1)
     with StepStats.create(stats_path, 2, 1) as stats:
