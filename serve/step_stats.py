@@ -8,8 +8,9 @@ Both sides use positioned reads and writes, never a memory map: a page of a map 
 file truncated) is a SIGBUS and kills the engine, while a failed write is an OSError of one request. Creation
 reserves every block, so a full tmpfs is noticed there, before any work has been done.
 
-Layout: a 32-byte header, then ``max_steps`` records of 7 + K float64: token_id + 1, log_prob, total, aleatoric,
-epistemic, variation_ratio, calibrated_log_prob, K member log-probabilities. A record of zeros is a step that was never written.
+Layout: a 32-byte header (with the seconds the gang waited, NaN until they are known), then ``max_steps`` records of
+7 + K + 2 M float64: token_id + 1, log_prob, total, aleatoric, epistemic, variation_ratio, calibrated_log_prob, K member
+log-probabilities, M most likely token ids + 1, their M log-probabilities. A record of zeros is a step that was never written.
 """
 
 import errno
@@ -26,8 +27,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-_HEADER = struct.Struct("<8sIIQQ")
-_MAGIC = b"CRDSTEP1"
+MAX_TOP = 1000
+"""Largest M: how many of the most likely tokens of a step can be recorded."""
+
+# Magic, num_samples, num_top, max_steps, wait_s.
+_HEADER = struct.Struct("<8sIIQd")
+_WAIT_OFFSET = 24
+_MAGIC = b"CRDSTEP2"
 _SCALARS = 7
 
 
@@ -53,6 +59,9 @@ class StepTable:
         variation_ratio: [T], in [0, 1].
         calibrated_log_prob: [T], log-probability of the token at the calibration's temperature; NaN where there is none.
         member_log_probs: [T, K], log-probability of the token under each sample.
+        top_tokens: [T, M] int64, the most likely tokens of the average, most likely first; -1 where the step was never written, or the
+            vocabulary has fewer tokens.
+        top_log_probs: [T, M], their log-probabilities under the average, at temperature 1.
     """
 
     token_id: NDArray[np.int64]
@@ -63,6 +72,8 @@ class StepTable:
     variation_ratio: NDArray[np.float64]
     calibrated_log_prob: NDArray[np.float64]
     member_log_probs: NDArray[np.float64]
+    top_tokens: NDArray[np.int64]
+    top_log_probs: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.token_id)
@@ -76,41 +87,46 @@ class StepTable:
 class StepStats:
     """One gang's statistics file, held open. Use ``create`` (API process) or ``open`` (worker), and ``close`` or a ``with`` block."""
 
-    def __init__(self, path: str, descriptor: int, num_samples: int, max_steps: int) -> None:
+    def __init__(self, path: str, descriptor: int, num_samples: int, max_steps: int, num_top: int) -> None:
         self.path = path
         self.num_samples = num_samples
         self.max_steps = max_steps
+        self.num_top = num_top
         self._descriptor: int | None = descriptor
-        self._record = struct.Struct(f"<{_SCALARS + num_samples}d")
+        self._record = struct.Struct(f"<{_SCALARS + num_samples + 2 * num_top}d")
 
     @classmethod
-    def create(cls, path: str | Path, num_samples: int, max_steps: int) -> Self:
+    def create(cls, path: str | Path, num_samples: int, max_steps: int, num_top: int = 0) -> Self:
         """Creates the file (it must not exist), readable by this user only, with all its blocks reserved.
 
         Args:
             num_samples: K >= 1.
-            max_steps: largest number of output tokens of the gang, >= 1. The file has 8 (7 + K) bytes a step.
+            max_steps: largest number of output tokens of the gang, or its number of targets, >= 1. The file has 8 (7 + K + 2 M) bytes
+                a step.
+            num_top: M, 0..1000: how many of the most likely tokens each record has.
 
         Raises:
-            ValueError: if a number is below 1.
+            ValueError: if a number is out of its range.
             StepStatsError: if the file exists or cannot be created or reserved (folder missing, tmpfs full); nothing is left behind.
         """
         if num_samples < 1 or max_steps < 1:
             raise ValueError(f"num_samples and max_steps must be at least 1, got {num_samples} and {max_steps}")
+        if not 0 <= num_top <= MAX_TOP:
+            raise ValueError(f"num_top must be in 0..{MAX_TOP}, got {num_top}")
         name = os.fspath(path)
         try:
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise StepStatsError("cannot create the statistics file", name, error) from error
         try:
-            os.posix_fallocate(descriptor, 0, _size(num_samples, max_steps))
-            os.pwrite(descriptor, _HEADER.pack(_MAGIC, num_samples, 0, max_steps, 0), 0)
+            os.posix_fallocate(descriptor, 0, _size(num_samples, max_steps, num_top))
+            os.pwrite(descriptor, _HEADER.pack(_MAGIC, num_samples, num_top, max_steps, math.nan), 0)
         except OSError as error:
             os.close(descriptor)
             os.unlink(name)
-            size = _size(num_samples, max_steps)
+            size = _size(num_samples, max_steps, num_top)
             raise StepStatsError(f"cannot reserve {size} bytes for the statistics file", name, error) from error
-        return cls(name, descriptor, num_samples, max_steps)
+        return cls(name, descriptor, num_samples, max_steps, num_top)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -129,13 +145,13 @@ class StepStats:
             header = os.pread(descriptor, _HEADER.size, 0) if stat.S_ISREG(status.st_mode) else b""
             if len(header) != _HEADER.size:
                 raise StepStatsError("not a statistics file", name)
-            magic, num_samples, _, max_steps, _ = _HEADER.unpack(header)
-            if magic != _MAGIC or num_samples < 1 or status.st_size != _size(num_samples, max_steps):
+            magic, num_samples, num_top, max_steps, _ = _HEADER.unpack(header)
+            if magic != _MAGIC or num_samples < 1 or status.st_size != _size(num_samples, max_steps, num_top):
                 raise StepStatsError("not a complete statistics file of this version", name)
         except BaseException:
             os.close(descriptor)
             raise
-        return cls(name, descriptor, num_samples, max_steps)
+        return cls(name, descriptor, num_samples, max_steps, num_top)
 
     def write(
         self,
@@ -148,11 +164,13 @@ class StepStats:
         variation_ratio: float,
         member_log_probs: Sequence[float],
         calibrated_log_prob: float = math.nan,
+        top_tokens: Sequence[int] = (),
+        top_log_probs: Sequence[float] = (),
     ) -> None:
-        """Writes the record of one step; writing it again replaces it.
+        """Writes the record of one step; writing it again replaces it. The arguments are the columns of StepTable.
 
         Raises:
-            ValueError: if the step is outside 0..max_steps - 1, the token is negative or there are not K member values.
+            ValueError: if the step is outside 0..max_steps - 1, the token is negative, or there are not K member values or M top values.
             StepStatsError: if the write fails.
         """
         if not 0 <= step < self.max_steps:
@@ -161,15 +179,16 @@ class StepStats:
             raise ValueError(
                 f"a record needs a token id >= 0 and {self.num_samples} member values, got {token_id} and {len(member_log_probs)}"
             )
+        if len(top_tokens) != self.num_top or len(top_log_probs) != self.num_top:
+            raise ValueError(
+                f"a record of {self.path} needs {self.num_top} top tokens and log-probabilities, "
+                f"got {len(top_tokens)} and {len(top_log_probs)}"
+            )
         scalars = (token_id + 1, log_prob, total, aleatoric, epistemic, variation_ratio, calibrated_log_prob)
-        record = self._record.pack(*scalars, *map(float, member_log_probs))
-        descriptor = self._open_descriptor()
-        try:
-            written = os.pwrite(descriptor, record, _HEADER.size + step * self._record.size)
-        except OSError as error:
-            raise StepStatsError(f"cannot write step {step}", self.path, error) from error
-        if written != len(record):
-            raise StepStatsError(f"cannot write step {step} (only {written} of {len(record)} bytes)", self.path)
+        record = self._record.pack(
+            *scalars, *map(float, member_log_probs), *(token + 1 for token in top_tokens), *map(float, top_log_probs)
+        )
+        self._write(record, _HEADER.size + step * self._record.size, f"step {step}")
 
     def read(self, num_steps: int, start: int = 0) -> StepTable:
         """Reads the records start..num_steps - 1.
@@ -192,7 +211,8 @@ class StepStats:
             if not part:
                 raise StepStatsError("the statistics file has been truncated", self.path)
             data += part
-        rows = np.frombuffer(data, dtype="<f8").reshape(num_steps - start, _SCALARS + self.num_samples)
+        rows = np.frombuffer(data, dtype="<f8").reshape(num_steps - start, self._record.size // 8)
+        first_top = _SCALARS + self.num_samples
         return StepTable(
             token_id=rows[:, 0].astype(np.int64) - 1,
             log_prob=rows[:, 1],
@@ -201,8 +221,34 @@ class StepStats:
             epistemic=rows[:, 4],
             variation_ratio=rows[:, 5],
             calibrated_log_prob=rows[:, 6],
-            member_log_probs=rows[:, _SCALARS:],
+            member_log_probs=rows[:, _SCALARS:first_top],
+            top_tokens=rows[:, first_top : first_top + self.num_top].astype(np.int64) - 1,
+            top_log_probs=rows[:, first_top + self.num_top :],
         )
+
+    def write_wait(self, seconds: float) -> None:
+        """Writes how long the gang waited from the arrival of its last member until its members ran together, in seconds.
+
+        Raises:
+            StepStatsError: if the write fails.
+        """
+        self._write(struct.pack("<d", seconds), _WAIT_OFFSET, "the waiting time")
+
+    def read_wait(self) -> float | None:
+        """Returns the seconds of ``write_wait``; None if they have not been written.
+
+        Raises:
+            StepStatsError: if the file is shorter than it was, or cannot be read.
+        """
+        descriptor = self._open_descriptor()
+        try:
+            data = os.pread(descriptor, 8, _WAIT_OFFSET)
+        except OSError as error:
+            raise StepStatsError("cannot read the statistics file", self.path, error) from error
+        if len(data) != 8:
+            raise StepStatsError("the statistics file has been truncated", self.path)
+        seconds: float = struct.unpack("<d", data)[0]
+        return None if math.isnan(seconds) else seconds
 
     def close(self) -> None:
         """Closes the descriptor; the file stays. Safe to call twice."""
@@ -223,12 +269,21 @@ class StepStats:
     ) -> None:
         self.close()
 
+    def _write(self, data: bytes, offset: int, what: str) -> None:
+        descriptor = self._open_descriptor()
+        try:
+            written = os.pwrite(descriptor, data, offset)
+        except OSError as error:
+            raise StepStatsError(f"cannot write {what}", self.path, error) from error
+        if written != len(data):
+            raise StepStatsError(f"cannot write {what} (only {written} of {len(data)} bytes)", self.path)
+
     def _open_descriptor(self) -> int:
         if self._descriptor is None:
             raise StepStatsError("the statistics file has been closed", self.path)
         return self._descriptor
 
 
-def _size(num_samples: int, max_steps: int) -> int:
+def _size(num_samples: int, max_steps: int, num_top: int) -> int:
     """Size of a file in bytes."""
-    return _HEADER.size + 8 * (_SCALARS + num_samples) * max_steps
+    return _HEADER.size + 8 * (_SCALARS + num_samples + 2 * num_top) * max_steps

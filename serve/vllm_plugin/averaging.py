@@ -59,17 +59,38 @@ class AveragedStep:
     scores: TokenScores
     member_log_probs: Tensor
 
-    def record(self, tokens_G: Tensor) -> list[list[float]]:
-        """Returns, per gang: log_prob, total, aleatoric, epistemic, variation_ratio, then the K member log-probabilities of its token."""
-        chosen = self.scores.mean_log_probs.gather(-1, tokens_G[:, None])
-        num_members = self.member_log_probs.shape[1]
-        members = self.member_log_probs.gather(-1, tokens_G[:, None, None].expand(-1, num_members, 1)).squeeze(-1)
+    def record(self, tokens_N: Tensor, gangs_N: Tensor | None = None) -> list[list[float]]:
+        """Returns the scores of N tokens: log_prob, total, aleatoric, epistemic, variation_ratio, then K member log-probabilities.
+
+        Args:
+            tokens_N: [N] int64.
+            gangs_N: [N] int64, the gang of each token; None for one token of each gang, in order.
+        """
+        if gangs_N is None:
+            gangs_N = torch.arange(len(tokens_N), device=tokens_N.device)
+        chosen = self.scores.mean_log_probs[gangs_N, tokens_N][:, None]
+        members = self.member_log_probs[gangs_N, :, tokens_N]
         scores = torch.stack([self.scores.total, self.scores.epistemic, self.scores.variation_ratio], dim=-1)
-        rows: list[list[float]] = torch.cat([chosen, scores, members], dim=-1).tolist()
+        rows: list[list[float]] = torch.cat([chosen, scores[gangs_N], members], dim=-1).tolist()
         # In float64: ln K as a float32 may exceed ln K, and the written parts have to add up to the written total.
-        limit = math.log(num_members)
+        limit = math.log(self.member_log_probs.shape[1])
         bounded = [[r[0], r[1], min(r[2], limit), *r[3:]] for r in rows]
         return [[r[0], r[1], r[1] - r[2], *r[2:]] for r in bounded]
+
+    def top(self, num_top: int) -> tuple[list[list[int]], list[list[float]]]:
+        """Returns, per gang, the ``num_top`` most likely tokens of the average and their log-probabilities, most likely first.
+
+        A smaller vocabulary is padded with token -1 at -inf.
+        """
+        num_gangs, size = self.scores.mean_log_probs.shape
+        if num_top == 0:
+            return [[]] * num_gangs, [[]] * num_gangs
+        values, tokens = self.scores.mean_log_probs.topk(min(num_top, size), dim=-1)
+        missing = num_top - values.shape[-1]
+        return (
+            [row + [-1] * missing for row in tokens.tolist()],
+            [row + [-math.inf] * missing for row in values.tolist()],
+        )
 
 
 def average(logits_GKV: Tensor) -> AveragedStep:
@@ -121,6 +142,18 @@ def penalise(logits_V: Tensor, rule: ChoiceRule, prompt: Sequence[int], output: 
     factor = torch.where(logits_V > 0, 1 / rule.repetition_penalty, rule.repetition_penalty)
     logits = torch.where(seen, logits_V * factor, logits_V)
     return logits - rule.frequency_penalty * counts - rule.presence_penalty * (counts > 0).to(logits.dtype)
+
+
+def constraint(raw_V: Tensor, constrained_V: Tensor) -> Tensor:
+    """Returns what a constraint added to one row of logits: -inf where it forbids the token, else the bias (0 for none).
+
+    Added to averaged log-probabilities it gives the average under that constraint.
+
+    Args:
+        raw_V: [V], the row before; -inf is an impossible token and stays one.
+        constrained_V: [V], the row after.
+    """
+    return torch.where(constrained_V.isneginf(), -torch.inf, constrained_V - raw_V)
 
 
 def choose_token(logits_V: Tensor, rule: ChoiceRule, step: int) -> Tensor:

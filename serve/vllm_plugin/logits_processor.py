@@ -5,14 +5,18 @@ sample a real token in this step (vLLM also computes logits for unfinished promp
 Otherwise nothing is averaged and no record is written, so that the API process, which misses the record, fails the
 request; it never gets a number made from the wrong rows.
 
-Requests without a gang are not touched.
+Constraints (``logit_bias``, ``allowed_token_ids``, ``bad_words``, ``min_tokens``, structured output) come after averaging, and only
+the leader carries them. vLLM writes them into the leader's row before this processor sees it; so the row is kept at the earliest point of
+the step, and what was added to it is added to the average instead. The recorded scores are those of the unconstrained average.
+
+A scoring gang (``credence_targets``) is left alone here; credence.serve.vllm_plugin.scoring records it. Requests without a gang are not
+touched.
 """
 
 import functools
 import hmac
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,75 +34,13 @@ from credence.serve.vllm_plugin.averaging import (
     average,
     calibrated_log_prob,
     choose_token,
+    constraint,
     mean_log_normaliser,
     penalise,
 )
+from credence.serve.vllm_plugin.gang_member import PREFIX, GangMember, constrained
 
 logger = logging.getLogger(__name__)
-
-PREFIX = "credence_"
-_KEYS = frozenset(PREFIX + name for name in ("gang", "k", "member", "seed", "stats", "support", "temperature", "token"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GangMember:
-    """The reserved keys of one member request (``SamplingParams.extra_args``), validated.
-
-    Attributes:
-        gang: id of the gang, unique among the running ones.
-        num_samples: K.
-        index: which posterior sample this member is, 0..K-1.
-        seed: key of the token generator, 0..2**64-1.
-        stats: absolute path of the gang's statistics file; "" for none.
-        temperature, support: the calibration: temperature on the averaged probabilities, over these tokens (all if empty).
-    """
-
-    gang: str
-    num_samples: int
-    index: int
-    seed: int
-    stats: str
-    temperature: float = 1.0
-    support: tuple[int, ...] = ()
-
-    @classmethod
-    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> "GangMember | None":
-        """Reads the reserved keys; None if there are none. The token is not checked here.
-
-        Raises:
-            ValueError: if a key is unknown or missing, or has a value it may not have.
-        """
-        keys = {key for key in extra_args or () if isinstance(key, str) and key.startswith(PREFIX)}
-        if extra_args is None or not keys:
-            return None
-        if keys != _KEYS:
-            raise ValueError(f"gang requests need exactly the keys {sorted(_KEYS)}, got {sorted(keys)}")
-        gang, num_samples, index, seed, stats = (
-            extra_args[PREFIX + name] for name in ("gang", "k", "member", "seed", "stats")
-        )
-        if not isinstance(gang, str) or not gang:
-            raise ValueError(f"{PREFIX}gang must be a non-empty string, got {gang!r}")
-        for name, value, limit in (("k", num_samples, 2**16), ("seed", seed, 2**64), ("member", index, 2**16)):
-            if type(value) is not int or not 0 <= value < limit:
-                raise ValueError(f"{PREFIX}{name} must be an integer in 0..{limit - 1}, got {value!r}")
-        if index >= num_samples:
-            raise ValueError(f"{PREFIX}member must be below {PREFIX}k, got member {index} of {num_samples}")
-        if not isinstance(stats, str) or (stats and not os.path.isabs(stats)):
-            raise ValueError(f"{PREFIX}stats must be an absolute path or an empty string, got {stats!r}")
-        temperature, support = extra_args[PREFIX + "temperature"], extra_args[PREFIX + "support"]
-        if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
-            raise ValueError(f"{PREFIX}temperature must be a positive number, got {temperature!r}")
-        if not all(type(token) is int and token >= 0 for token in support):
-            raise ValueError(f"{PREFIX}support must be a list of token ids, got {support!r}")
-        return cls(
-            gang=gang,
-            num_samples=num_samples,
-            index=index,
-            seed=seed,
-            stats=stats,
-            temperature=float(temperature),
-            support=tuple(support),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,6 +51,11 @@ class _Row:
     params: SamplingParams
     prompt: list[int]
     output: list[int]
+
+    @property
+    def needs_snapshot(self) -> bool:
+        """Whether the row has to be kept before vLLM constrains it."""
+        return self.member.index == 0 and not self.member.targets and constrained(self.params)
 
     def rule(self) -> ChoiceRule:
         p = self.params
@@ -134,7 +81,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         self._stats: dict[str, StepStats | None] = {}
         self.discarded: NDArray[np.bool_] | None = None
         """Rows of this step whose token vLLM throws away (unfinished prompts); set by the model runner's hook before ``apply``."""
-        install_discard_hook()
+        self._raw: dict[int, Tensor] | None = None
+        install_hooks()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -150,9 +98,16 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         authentic = isinstance(given, str) and hmac.compare_digest(given.encode(), expected.encode())
         if not expected or not authentic:
             raise ValueError(f"vllm_xargs: keys that begin with {PREFIX!r} are reserved for the server; remove them")
-        GangMember.from_extra_args(extra_args)
+        member = GangMember.from_extra_args(extra_args)
         if sampling_params.n != 1:
             raise ValueError(f"a gang member has n = 1, got n = {sampling_params.n}: use one gang for each completion")
+        if member is not None and member.index > 0 and constrained(sampling_params):
+            raise ValueError(
+                f"member {member.index} of a gang carries a constraint (logit_bias, allowed_token_ids, bad_words, min_tokens or structured "
+                "output); only member 0 may"
+            )
+        if member is not None and member.targets and sampling_params.max_tokens != 1:
+            raise ValueError(f"a scoring gang has max_tokens = 1, got {sampling_params.max_tokens}")
 
     def is_argmax_invariant(self) -> bool:
         """Averaging changes the most likely token, so greedy requests need it too."""
@@ -181,6 +136,19 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             self._gangs = None
             self._close_stats({row.member.gang for row in self._rows.values()})
 
+    def keep_raw_rows(self, logits: Tensor) -> None:
+        """Keeps the leaders' rows that vLLM is about to constrain, [rows, V]; the first call of a step counts."""
+        if self._raw is None:
+            self._raw = {
+                index: logits[index].to(torch.float32, copy=True)
+                for index, row in self._rows.items()
+                if row.needs_snapshot
+            }
+
+    def drop_raw_rows(self) -> None:
+        """Ends the step: the next ``keep_raw_rows`` counts again."""
+        self._raw = None
+
     def apply(self, logits: Tensor) -> Tensor:
         """Replaces the rows of every complete gang, in place, by its one token (0 there, -inf elsewhere)."""
         if not self._rows:
@@ -195,27 +163,47 @@ class EnsembleLogitsProcessor(LogitsProcessor):
     def _apply_gangs(self, logits: Tensor, gangs: list[list[int]], size: int) -> None:
         rows = torch.tensor(gangs, device=logits.device)
         members = logits[rows.view(-1)].view(len(gangs), size, -1)
+        raw = {position: (self._raw or {}).get(gang[0]) for position, gang in enumerate(gangs)}
+        for position, row in raw.items():
+            if row is not None:
+                members[position, 0] = row
         averaged = average(members)
         mean = averaged.scores.mean_log_probs
-        tokens = torch.empty(len(gangs), dtype=torch.int64, device=logits.device)
+        tokens = torch.zeros(len(gangs), dtype=torch.int64, device=logits.device)
+        impossible = set()
         for position, gang in enumerate(gangs):
             leader = self._rows[gang[0]]
-            rule, step, scores = leader.rule(), len(leader.output), mean[position]
+            rule, step, scores, row = leader.rule(), len(leader.output), mean[position], raw[position]
             if rule.penalised:
                 scores = scores + mean_log_normaliser(members[position])
+            if row is not None:
+                scores = scores + constraint(row, logits[gang[0]])
+                if not scores.max() > -torch.inf:
+                    impossible.add(position)
+                    continue
+            if rule.penalised:
                 scores = penalise(scores, rule, leader.prompt, leader.output)
             tokens[position] = choose_token(scores, rule, step)
         records, chosen = averaged.record(tokens), tokens.tolist()
+        top_tokens, top_log_probs = averaged.top(max(self._rows[gang[0]].member.num_top for gang in gangs))
         # Not a distribution (NaN logits, or every token masked): leave such a gang alone and unrecorded.
-        good = [position for position, record in enumerate(records) if not np.isnan(record[:5]).any()]
-        if len(good) < len(gangs):
-            logger.error("%d gangs have logits that are no distribution in this step", len(gangs) - len(good))
-        for position in good:
+        broken = impossible | {position for position, record in enumerate(records) if np.isnan(record[:5]).any()}
+        if broken:
+            logger.error("%d gangs have logits that are no distribution in this step", len(broken))
+        for position in sorted(set(range(len(gangs))) - broken):
             leader = self._rows[gangs[position][0]]
             calibrated = calibrated_log_prob(
                 mean[position], chosen[position], leader.member.temperature, leader.member.support
             )
-            self._write(leader, chosen[position], records[position], calibrated)
+            top = leader.member.num_top
+            self._write(
+                leader,
+                chosen[position],
+                records[position],
+                calibrated,
+                top_tokens[position][:top],
+                top_log_probs[position][:top],
+            )
             logits[rows[position]] = -torch.inf
             logits[rows[position], tokens[position]] = 0.0
 
@@ -224,7 +212,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         if self._gangs is None:
             found: dict[str, list[int]] = {}
             for index, row in self._rows.items():
-                found.setdefault(row.member.gang, []).append(index)
+                if not row.member.targets:
+                    found.setdefault(row.member.gang, []).append(index)
             ordered = [sorted(rows, key=lambda index: self._rows[index].member.index) for rows in found.values()]
             self._gangs = [rows for rows in ordered if self._complete(rows)]
         return [
@@ -238,7 +227,15 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         members = [self._rows[index].member for index in rows]
         return [member.index for member in members] == list(range(members[0].num_samples))
 
-    def _write(self, leader: _Row, token: int, record: list[float], calibrated: float) -> None:
+    def _write(
+        self,
+        leader: _Row,
+        token: int,
+        record: list[float],
+        calibrated: float,
+        top_tokens: list[int],
+        top_log_probs: list[float],
+    ) -> None:
         """Writes a record. A file that is gone (the request has been aborted) or full must not hurt the engine: say so once per gang."""
         member = leader.member
         if not member.stats:
@@ -250,7 +247,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             if stats is not None:
                 log_prob, total, aleatoric, epistemic, variation_ratio, *members = record
                 scores = (log_prob, total, aleatoric, epistemic, variation_ratio, members)
-                stats.write(len(leader.output), token, *scores, calibrated_log_prob=calibrated)
+                stats.write(len(leader.output), token, *scores, calibrated, top_tokens, top_log_probs)
         except (OSError, ValueError) as error:
             logger.warning("no statistics for gang %s: %s", member.gang, error)
             self._close(member.gang)
@@ -266,26 +263,51 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             stats.close()
 
 
-def install_discard_hook() -> None:
-    """Lets vLLM's model runner tell our processors, before sampling, which rows' tokens it will throw away. Safe to call twice.
+def install_hooks() -> None:
+    """Lets vLLM's model runner call our processors before it masks and samples. Safe to call twice.
+
+    They hear which rows' tokens vLLM will throw away, and see the logits before a grammar, and before the sampler.
 
     Raises:
-        RuntimeError: if this vLLM's model runner has no ``_sample`` or no ``discard_request_mask``.
+        RuntimeError: if this vLLM's model runner lacks what is hooked here.
     """
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker import gpu_model_runner
 
-    original = getattr(GPUModelRunner, "_sample", None)
-    if original is None:
-        raise RuntimeError("this vLLM has no GPUModelRunner._sample: it is not a supported version")
-    if getattr(original, "credence_hook", False):
+    runner = gpu_model_runner.GPUModelRunner
+    sample, mask = getattr(runner, "_sample", None), getattr(gpu_model_runner, "apply_grammar_bitmask", None)
+    if sample is None or mask is None:
+        raise RuntimeError(
+            "this vLLM has no GPUModelRunner._sample or no apply_grammar_bitmask: it is not a supported version"
+        )
+    if getattr(sample, "credence_hook", False):
         return
 
-    @functools.wraps(original)
-    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for processor in self.input_batch.logitsprocs.non_argmax_invariant:
-            if isinstance(processor, EnsembleLogitsProcessor):
-                processor.discarded = self.discard_request_mask.np[: self.input_batch.num_reqs]
-        return original(self, *args, **kwargs)
+    @functools.wraps(sample)
+    def _sample(self: Any, logits: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        processors = _processors(self.input_batch)
+        for processor in processors:
+            processor.discarded = self.discard_request_mask.np[: self.input_batch.num_reqs]
+            if logits is not None:
+                processor.keep_raw_rows(logits)
+        try:
+            return sample(self, logits, *args, **kwargs)
+        finally:
+            for processor in processors:
+                processor.drop_raw_rows()
+
+    @functools.wraps(mask)
+    def apply_grammar_bitmask(
+        scheduler_output: Any, grammar_output: Any, input_batch: Any, logits: Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        for processor in _processors(input_batch):
+            processor.keep_raw_rows(logits)
+        mask(scheduler_output, grammar_output, input_batch, logits, *args, **kwargs)
 
     _sample.credence_hook = True  # type: ignore[attr-defined]
-    GPUModelRunner._sample = _sample
+    runner._sample = _sample
+    gpu_model_runner.apply_grammar_bitmask = apply_grammar_bitmask
+
+
+def _processors(input_batch: Any) -> list[EnsembleLogitsProcessor]:
+    processors = input_batch.logitsprocs.non_argmax_invariant
+    return [processor for processor in processors if isinstance(processor, EnsembleLogitsProcessor)]

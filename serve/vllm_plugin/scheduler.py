@@ -20,6 +20,8 @@ Rules (``tests/serve/vllm_plugin/test_scheduler.py`` has one test for each):
 5. Members end together. Whoever finishes one member from outside finishes all. Members that were not named get a final
    output, so that the API process hears of it. A gang that is incomplete for too long, that can never fit, or that
    falls out of lock-step for whatever reason ends in ``FinishReason.ERROR``: no answer rather than a wrong one.
+6. What a scoring gang (``credence_targets``) wants to know must be computed, not read from the prefix cache: its members'
+   hits end at the first target position, also for K = 1.
 
 Gangs with K = 1 and requests without gang keys are ordinary; without any gang every call goes straight to vLLM.
 Memory that sliding-window layers give back is not counted, so the reservation for such models is larger than needed.
@@ -45,6 +47,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from credence.serve.step_stats import StepStats
+
 logger = logging.getLogger(__name__)
 
 TIMEOUT_VARIABLE = "CREDENCE_GANG_TIMEOUT_S"
@@ -63,6 +67,7 @@ class Gang:
         gang_id: ``credence_gang``.
         size: K.
         since_s: Monotonic time at which the first member arrived, seconds.
+        complete_s: Monotonic time at which the last member arrived, until the waiting time has been reported; seconds.
         members: The members that have arrived and have not ended, by request id.
         indices: Every ``credence_member`` seen so far.
         order: Place in the queue, given when the last member arrives.
@@ -80,6 +85,7 @@ class Gang:
     admitted: bool = False
     released: bool = False
     fault: str | None = None
+    complete_s: float | None = None
 
 
 def _timeout_s() -> float:
@@ -91,6 +97,10 @@ def _timeout_s() -> float:
     if not seconds > 0:
         raise ValueError(f"{TIMEOUT_VARIABLE} is {text!r}; give a positive number of seconds, or leave it unset")
     return seconds
+
+
+def _extra_args(request: Request) -> dict[str, Any]:
+    return (request.sampling_params.extra_args if request.sampling_params else None) or {}
 
 
 def _adapter_ids(requests: Iterable[Request]) -> set[int]:
@@ -151,7 +161,7 @@ class GangScheduler(Scheduler):
         """Queue a request; a member joins its gang and stays out of vLLM's queues until the gang is admitted."""
         if request.request_id not in self.requests:
             self._arrival[request.request_id] = next(self._tick)
-            extra = (request.sampling_params.extra_args if request.sampling_params else None) or {}
+            extra = _extra_args(request)
             if extra.get("credence_gang") is not None and extra.get("credence_k") != 1:
                 self._join(request, str(extra["credence_gang"]), extra.get("credence_k"), extra.get("credence_member"))
         super().add_request(request)
@@ -172,6 +182,7 @@ class GangScheduler(Scheduler):
         self._gang_of[request.request_id] = gang
         if len(gang.indices) == gang.size and gang.order is None:
             gang.order = self._order(request)
+            gang.complete_s = time.monotonic()
         if gang.fault is None and not gang.admitted:
             gang.fault = self._refusal(gang)
 
@@ -322,7 +333,22 @@ class GangScheduler(Scheduler):
                 gang.released = all(m.num_tokens == 1 for m in members) or all(
                     m.status == RequestStatus.RUNNING and m.num_computed_tokens == m.num_tokens - 1 for m in members
                 )
+                if gang.released:
+                    self._report_wait(gang)
             self.gang_wait_steps += not gang.released
+
+    def _report_wait(self, gang: Gang) -> None:
+        """Leaves in the gang's statistics file how long it waited from its last arrival to its first release; for metrics only."""
+        leader = next(extra for extra in map(_extra_args, gang.members.values()) if extra["credence_member"] == 0)
+        path, since_s = leader.get("credence_stats"), gang.complete_s
+        gang.complete_s = None
+        if not path or since_s is None:
+            return
+        try:
+            with StepStats.open(path) as stats:
+                stats.write_wait(time.monotonic() - since_s)
+        except OSError as error:
+            logger.debug("The waiting time of gang %s is not reported: %s", gang.gang_id, error)
 
     def _plan_tokens(self) -> None:
         """Order the requests, decide which released gangs run, and divide the tokens that are left."""
@@ -405,11 +431,15 @@ class GangScheduler(Scheduler):
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
         manager = self.kv_cache_manager
-        if request.request_id not in self._gang_of or not manager.prefix_cache_lookup_enabled(request):
+        targets = _extra_args(request).get("credence_targets")
+        in_gang = request.request_id in self._gang_of
+        if not (in_gang or targets) or not manager.prefix_cache_lookup_enabled(request):
             hit: tuple[Any, int, int, bool] = super()._get_local_prefix_cache_hit(request)
             return hit
         # Not the whole prompt but one: vLLM cannot start a request with nothing to compute before the held token.
-        limit = max(request.num_tokens - 2, 0)
+        limit = max(request.num_tokens - (2 if in_gang else 1), 0)
+        if targets:
+            limit = min(limit, targets[0][0])
         blocks, num_tokens, num_uncached = manager.coordinator.find_longest_cache_hit(request.block_hashes, limit)
         boundary = num_tokens + num_uncached if num_uncached else 0
         return manager.create_kv_cache_blocks(blocks), num_tokens, boundary, False

@@ -44,6 +44,58 @@ def test_records_written_by_the_worker_are_read_by_the_api_process(
     assert table.member_log_probs.dtype == np.float64 and table.log_prob.flags.writeable
 
 
+@pytest.mark.parametrize(("num_samples", "num_top"), [(1, 1), (3, 5), (2, 1000)])
+def test_the_most_likely_tokens_are_part_of_the_record(tmp_path: Path, num_samples: int, num_top: int) -> None:
+    tokens = [[(7 * step + 1009 * rank) % 200_000 for rank in range(num_top)] for step in range(4)]
+    log_probs = [[-0.25 * rank - step for rank in range(num_top)] for step in range(4)]
+    tokens[3][-1], log_probs[3][-1] = -1, -math.inf  # a vocabulary smaller than the list
+    with (
+        StepStats.create(tmp_path / "gang", num_samples, 5, num_top) as api,
+        StepStats.open(tmp_path / "gang") as worker,
+    ):
+        assert worker.num_top == num_top
+        for step in (0, 1, 3):
+            worker.write(
+                step, *record(step, num_samples), -0.75, top_tokens=tokens[step], top_log_probs=log_probs[step]
+            )
+        table = api.read(4)
+        tail = api.read(4, start=3)
+    for step in (0, 1, 3):
+        assert table.top_tokens[step].tolist() == tokens[step]
+        assert table.top_log_probs[step].tolist() == log_probs[step]
+        assert table.member_log_probs[step].tolist() == record(step, num_samples)[-1]
+        assert table.calibrated_log_prob[step] == -0.75
+    assert table.missing.tolist() == [2] and table.top_tokens[2].tolist() == [-1] * num_top
+    assert table.top_tokens.dtype == np.int64
+    assert tail.top_tokens.tolist() == [tokens[3]]
+
+
+def test_files_without_top_lists_have_empty_columns(tmp_path: Path) -> None:
+    with StepStats.create(tmp_path / "gang", 2, 3) as stats:
+        stats.write(0, *record(0, 2))
+        table = stats.read(3)
+    assert table.top_tokens.shape == table.top_log_probs.shape == (3, 0)
+
+
+def test_the_waiting_time_is_unknown_until_it_is_written(tmp_path: Path) -> None:
+    with StepStats.create(tmp_path / "gang", 2, 3) as api, StepStats.open(tmp_path / "gang") as scheduler:
+        api.write(0, *record(0, 2))
+        assert api.read_wait() is None
+        scheduler.write_wait(0.125)
+        assert api.read_wait() == 0.125
+        scheduler.write_wait(0.0)
+        assert api.read_wait() == 0.0
+        assert (scheduler.num_samples, scheduler.max_steps) == (2, 3)
+        assert api.read(1).token_id.tolist() == [0]
+    with pytest.raises(StepStatsError, match="closed"):
+        api.read_wait()
+    with StepStats.open(tmp_path / "gang") as again:
+        assert again.read_wait() == 0.0
+        os.truncate(tmp_path / "gang", 8)
+        with pytest.raises(StepStatsError, match="truncated"):
+            again.read_wait()
+
+
 def test_a_step_that_was_never_written_is_detected(tmp_path: Path) -> None:
     with StepStats.create(tmp_path / "gang", 2, 6) as stats:
         stats.write(0, *record(0, 2))
@@ -70,7 +122,17 @@ def test_an_impossible_token_under_one_member_is_kept_as_minus_infinity(tmp_path
 def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
         StepStats.create(tmp_path / "gang", 0, 4)
+    for num_top in (-1, 1001):
+        with pytest.raises(ValueError, match=f"num_top must be in 0..1000, got {num_top}"):
+            StepStats.create(tmp_path / "gang", 1, 4, num_top)
+    with StepStats.create(tmp_path / "top", 2, 4, 3) as stats:
+        with pytest.raises(ValueError, match="needs 3 top tokens and log-probabilities, got 3 and 2"):
+            stats.write(0, *record(0, 2), top_tokens=[1, 2, 3], top_log_probs=[0.0, 0.0])
+        with pytest.raises(ValueError, match="needs 3 top tokens and log-probabilities, got 2 and 3"):
+            stats.write(0, *record(0, 2), top_tokens=[1, 2], top_log_probs=[0.0, 0.0, 0.0])
     with StepStats.create(tmp_path / "gang", 2, 4) as stats:
+        with pytest.raises(ValueError, match="needs 0 top tokens"):
+            stats.write(0, *record(0, 2), top_tokens=[1], top_log_probs=[0.0])
         with pytest.raises(ValueError, match="step 4 is outside the 0..3"):
             stats.write(4, *record(4, 2))
         with pytest.raises(ValueError, match="2 member values, got 5 and 3"):
@@ -123,7 +185,9 @@ def test_every_block_is_reserved(tmp_path: Path) -> None:
     assert status.st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 10, b"CRDSTEP1" + b"\0" * 24, b"y" * 4096])
+@pytest.mark.parametrize(
+    "content", [b"", b"x" * 10, b"CRDSTEP2" + b"\0" * 24, b"CRDSTEP1" + b"\1\0\0\0" * 6, b"y" * 4096]
+)
 def test_open_refuses_what_is_no_statistics_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "gang").write_bytes(content)
     with pytest.raises(StepStatsError, match="statistics file"):

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from credence.adapters import Artifact
+from credence.adapters import Artifact, write_sample
+from credence.serve.samples import SampleRef
 from tests.tiny import RANK, VOCABULARY, make_artifact, make_model
+
+_ids = iter(range(1000, 10**6))
 
 MAX_LORAS = 4
 PLUGIN_TOKEN = "test-token"
@@ -43,7 +46,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="session")
 def engine(tiny_model: Path, artifact: Artifact) -> Iterator[Engine]:
-    """vLLM with our plugins installed, MAX_LORAS slots, chunked prefill of CHUNK tokens."""
+    """vLLM with our plugins and scheduler, MAX_LORAS slots, chunked prefill of CHUNK tokens."""
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -62,15 +65,17 @@ def engine(tiny_model: Path, artifact: Artifact) -> Iterator[Engine]:
         patch.setattr(torch._dynamo.config, "disable", True)
         from vllm import LLM
 
-        from credence.serve.vllm_plugin import cpu_lora, worker
+        from credence.serve.vllm_plugin import cpu_lora, scoring, worker
 
         cpu_lora.install()
         worker.install()
+        scoring.install()
         llm = LLM(
             model=str(tiny_model),
-            skip_tokenizer_init=True,
+            scheduler_cls="credence.serve.vllm_plugin.scheduler.gang_scheduler",
             dtype="float32",
             enforce_eager=True,
+            block_size=32,
             max_model_len=192,
             max_num_seqs=16,
             max_num_batched_tokens=CHUNK,
@@ -119,6 +124,25 @@ class Reference:
         return logits.log_softmax(-1)
 
 
+def sample(artifact: Artifact, index: int, seed: int = 0, tau: float = 1.0, **changes: Any) -> SampleRef:
+    fields = {
+        "store": str(artifact.path),
+        "digest": artifact.digest,
+        "seed": seed,
+        "index": index,
+        "tau": tau,
+        **changes,
+    }
+    return SampleRef(**fields)
+
+
+def request(path: str) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    number = next(_ids)
+    return LoRARequest(f"slot{number}", number, path)
+
+
 def prompt(length: int, seed: int) -> list[int]:
     """A random prompt; use another seed in each test, or the prefix cache answers."""
     generator = torch.Generator().manual_seed(seed)
@@ -137,3 +161,65 @@ def logprob_matrix(completion: Any) -> torch.Tensor:
     """Log-probabilities [T, V] of a completion asked for with logprobs=VOCABULARY."""
     rows = [[step[token].logprob for token in range(VOCABULARY)] for step in completion.logprobs]
     return torch.tensor(rows)
+
+
+def gang_members(
+    artifact: Artifact,
+    k: int,
+    name: str,
+    stats: str,
+    seed: int = 0,
+    *,
+    top: int = 0,
+    targets: list[list[int]] | None = None,
+    calibration: tuple[float, list[int]] = (1.0, []),
+    leader: dict[str, Any] | None = None,
+    **sampling: Any,
+) -> tuple[list[Any], list[Any]]:
+    """Sampling parameters and adapters of one gang; ``leader`` holds what only member 0 carries."""
+    from vllm import SamplingParams
+
+    parameters = [
+        SamplingParams(
+            **{"max_tokens": 12, "temperature": 0.0, "ignore_eos": True, **sampling, **(leader or {} if member == 0 else {})},
+            extra_args={
+                "credence_gang": name, "credence_k": k, "credence_member": member, "credence_seed": seed,
+                "credence_stats": stats, "credence_token": PLUGIN_TOKEN,
+                "credence_temperature": calibration[0], "credence_support": calibration[1],
+                "credence_top": top, "credence_targets": targets or [],
+            },
+        )
+        for member in range(k)
+    ]  # fmt: skip
+    return parameters, [request(sample(artifact, member).to_path()) for member in range(k)]
+
+
+def model_runner(engine: Engine) -> Any:
+    """vLLM's model runner, in this process."""
+    return engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+@pytest.fixture(scope="session")
+def references(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> list[Reference]:
+    """The four samples of the gang in transformers + PEFT."""
+    models = []
+    for index in range(4):
+        folder = tmp_path_factory.mktemp("gang") / "sample"
+        write_sample(folder, engine.artifact, seed=0, index=index, tau=1.0)
+        models.append(Reference(engine.model_path, folder))
+    return models
+
+
+@pytest.fixture
+def stats_path(tmp_path: Path) -> Iterator[str]:
+    path = str(tmp_path / "stats")
+    yield path
+    if os.path.exists(path):
+        os.unlink(path)
+
+
+@pytest.fixture
+def no_gangs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler takes members for ordinary requests, as vLLM's own does."""
+    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+    monkeypatch.setattr(scheduler, "_join", lambda *args: None)

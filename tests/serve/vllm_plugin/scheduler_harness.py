@@ -120,6 +120,9 @@ class Engine:
         self.cancelled: set[str] = set()  # the API process has dropped these
         self.first_step: dict[str, float] = {}
         self.preemptions = 0
+        self.prefix_hits: dict[
+            str, int
+        ] = {}  # tokens that a request found in the prefix cache, when it was last admitted
         self.may_preempt_gangs = False
         self.last: SchedulerOutput | None = None
 
@@ -153,11 +156,21 @@ class Engine:
         self.scheduler.add_request(request)
         return request
 
-    def add_member(self, gang: str, k: Any, member: int, lora: int | None = None, **kwargs: Any) -> str:
-        """One member; adapter ``member + 1`` unless given."""
+    def add_member(
+        self,
+        gang: str,
+        k: Any,
+        member: int,
+        lora: int | None = None,
+        targets: list[list[int]] | None = None,
+        stats: str = "",
+        **kwargs: Any,
+    ) -> str:
+        """One member; adapter ``member + 1`` unless given; of a scoring gang if there are targets."""
         request_id = f"{gang}.{member}"
         self.gangs.setdefault(gang, []).append(request_id)
         extra = {"credence_gang": gang, "credence_k": k, "credence_member": member}
+        extra |= {"credence_targets": targets or [], "credence_stats": stats}
         self.add(request_id, lora=member + 1 if lora is None else lora, extra=extra, **kwargs)
         return request_id
 
@@ -274,6 +287,18 @@ class Engine:
         for gang in self.started:
             given = {output.num_scheduled_tokens.get(r, 0) for r in self.gangs[gang] if r in scheduler.requests}
             assert self.may_preempt_gangs or given in (set(), {0}, {1}), f"{gang} out of lock-step: {given}"
+        cached = output.scheduled_cached_reqs
+        admitted = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if request_id in cached.resumed_req_ids:
+                admitted[request_id] = computed
+        self.prefix_hits |= admitted
+        for request_id, hit in admitted.items():
+            extra = self.requests[request_id].sampling_params.extra_args or {}
+            targets = extra.get("credence_targets") or [[hit]]
+            assert hit <= targets[0][0], (
+                f"{request_id} will not compute its first target {targets[0]}, it has {hit} tokens"
+            )
         for request_id in output.num_scheduled_tokens:
             self.first_step.setdefault(request_id, self.now)
 

@@ -11,6 +11,7 @@ from credence.serve.vllm_plugin.averaging import (
     average,
     calibrated_log_prob,
     choose_token,
+    constraint,
     mean_log_normaliser,
     penalise,
     uniform,
@@ -48,6 +49,36 @@ def test_records_add_up_and_stay_within_bounds() -> None:
         _, total, aleatoric, epistemic, ratio, *members = record
         assert total == pytest.approx(aleatoric + epistemic, abs=1e-6)
         assert 0 <= epistemic <= math.log(K) and 0 <= ratio <= 1 and len(members) == K
+
+
+def test_records_of_several_tokens_of_some_gangs() -> None:
+    step = average(gangs(3))
+    tokens, rows = torch.tensor([4, 9, 4, 0]), torch.tensor([2, 0, 2, 2])
+    records = step.record(tokens, rows)
+    for record, token, row in zip(records, tokens.tolist(), rows.tolist(), strict=True):
+        assert record == step.record(torch.full((3,), token))[row]
+        assert record[0] == float(step.scores.mean_log_probs[row, token])
+        assert record[5:] == step.member_log_probs[row, :, token].tolist()
+
+
+def test_top_lists_are_the_most_likely_tokens_in_order() -> None:
+    step = average(gangs(3))
+    mean = step.scores.mean_log_probs
+    tokens, log_probs = step.top(4)
+    for row in range(3):
+        expected = sorted(range(V), key=lambda token: -float(mean[row, token]))[:4]
+        assert tokens[row] == expected
+        assert log_probs[row] == mean[row, expected].tolist()
+    assert step.top(0) == ([[]] * 3, [[]] * 3)
+    tokens, log_probs = step.top(V + 2)
+    assert tokens[0][-2:] == [-1, -1] and log_probs[0][-2:] == [-math.inf] * 2
+    assert sorted(tokens[0][:-2]) == list(range(V))
+
+
+def test_a_constraint_is_what_was_added() -> None:
+    raw = torch.tensor([1.0, -2.0, 0.5, -torch.inf, 3.0, -torch.inf])
+    after = torch.tensor([1.0, -1.5, -torch.inf, -torch.inf, -97.0, -torch.inf])
+    assert constraint(raw, after).tolist() == [0.0, 0.5, -math.inf, -math.inf, -100.0, -math.inf]
 
 
 def test_certain_members_that_disagree_reach_the_largest_epistemic_score() -> None:

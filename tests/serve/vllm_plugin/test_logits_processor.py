@@ -23,13 +23,20 @@ def processor() -> Any:
 
 
 def params(
-    gang: str | None = None, k: int = 2, member: int = 0, seed: int = 0, stats: str = "", **sampling: Any
+    gang: str | None = None,
+    k: int = 2,
+    member: int = 0,
+    seed: int = 0,
+    stats: str = "",
+    top: int = 0,
+    targets: list[list[int]] | None = None,
+    **sampling: Any,
 ) -> Any:
     from vllm import SamplingParams
 
     extra = {
         "credence_gang": gang, "credence_k": k, "credence_member": member, "credence_seed": seed, "credence_stats": stats,
-        "credence_temperature": 1.0, "credence_support": [],
+        "credence_temperature": 1.0, "credence_support": [], "credence_top": top, "credence_targets": targets or [],
         "credence_token": "secret",
     }  # fmt: skip
     return SamplingParams(**{"temperature": 0.0, **sampling}, extra_args=None if gang is None else extra)
@@ -107,6 +114,157 @@ def test_frequency_penalty_applies_to_the_average() -> None:
         for output in outputs.values():
             output.append(tokens[-1])
     assert len(set(tokens)) == 4
+
+
+def test_gangs_of_one_step_record_as_many_top_tokens_as_each_wants(tmp_path: Path) -> None:
+    wanted = {"a": 3, "b": 0, "c": 1}
+    files = {name: StepStats.create(tmp_path / name, 2, 4, top) for name, top in wanted.items()}
+    target, logits = processor(), random_logits(6)
+    names = [name for name in wanted for _ in range(2)]
+    add(target, {i: params(name, 2, i % 2, stats=files[name].path, top=wanted[name]) for i, name in enumerate(names)})
+    mean = average(logits.clone().view(3, 2, V)).scores.mean_log_probs
+    target.apply(logits)
+    for position, (name, top) in enumerate(wanted.items()):
+        table = files[name].read(1)
+        values, tokens = mean[position].topk(top)
+        assert not table.missing.size
+        assert table.top_tokens[0].tolist() == tokens.tolist()
+        assert table.top_log_probs[0].tolist() == pytest.approx(values.tolist())
+
+
+def test_scoring_gangs_are_left_alone(tmp_path: Path) -> None:
+    stats = StepStats.create(tmp_path / "gang", 2, 1)
+    target, logits = processor(), random_logits(4)
+    rows = {i: params("scored", 2, i, stats=stats.path, targets=[[0, 1]], max_tokens=1) for i in range(2)}
+    add(target, {**rows, **{i + 2: params("decoded", 2, i) for i in range(2)}})
+    after = target.apply(logits.clone())
+    assert torch.equal(after[:2], logits[:2]) and stats.read(1).missing.tolist() == [0]
+    assert forced_token(after[2]) == forced_token(after[3])
+
+
+def constrain(target: Any, logits: Tensor, row: int, change: Any) -> Tensor:
+    """What vLLM does between the forward pass and our processor: the raw logits are seen, then one row is changed in place."""
+    target.keep_raw_rows(logits)
+    change(logits[row])
+    target.keep_raw_rows(logits)  # the second hook of the step must not see the changed row
+    after: Tensor = target.apply(logits)
+    target.drop_raw_rows()
+    return after
+
+
+def test_a_constraint_of_the_leader_acts_on_the_average_and_not_on_the_scores(tmp_path: Path) -> None:
+    stats = StepStats.create(tmp_path / "gang", 3, 4, 2)
+    target = processor()
+    outputs = add(target, {row: params("g", 3, 2 - row, stats=stats.path, top=2, **({"logit_bias": {7: 2.5}} if row == 2 else {}))
+                           for row in range(3)})  # fmt: skip
+    for step in range(2):
+        logits = random_logits(3, seed=step)
+        mean = average(logits[[2, 1, 0]][None]).scores.mean_log_probs[0]
+        allowed = torch.full((V,), -torch.inf)
+        allowed[[3, 7, 11]] = 0.0
+        allowed[7] = 2.5
+        expected = int((mean + allowed).argmax())
+        assert expected != int(mean.argmax())
+
+        def change(row: Tensor) -> None:
+            row[7] += 2.5
+            kept = row[[3, 7, 11]].clone()
+            row[:] = -torch.inf
+            row[[3, 7, 11]] = kept
+
+        after = constrain(target, logits, 2, change)
+        assert [forced_token(after[row]) for row in range(3)] == [expected] * 3
+        table = stats.read(step + 1, start=step)
+        assert table.token_id.tolist() == [expected]
+        assert table.log_prob[0] == pytest.approx(float(mean[expected]))
+        assert table.top_tokens[0].tolist() == mean.topk(2).indices.tolist()
+        for output in outputs.values():
+            output.append(expected)
+
+
+def test_a_gang_that_may_say_nothing_is_left_alone_and_unrecorded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stats = StepStats.create(tmp_path / "gang", 2, 4)
+    target, logits = processor(), random_logits(4)
+    rows = {i: params("g", 2, i, stats=stats.path, **({"allowed_token_ids": [1]} if i == 0 else {})) for i in range(2)}
+    add(target, {**rows, 2: params("good", 2, 0), 3: params("good", 2, 1)})
+    before = logits.clone()
+    after = constrain(target, logits, 0, lambda row: row.fill_(-torch.inf))
+    assert torch.equal(after[1], before[1]) and stats.read(4).missing.size == 4
+    assert forced_token(after[2]) == forced_token(after[3])
+    assert "1 gangs have logits that are no distribution" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"logit_bias": {3: 1.0}},
+        {"allowed_token_ids": [3]},
+        {"bad_words": ["w"]},
+        {"min_tokens": 2},
+        {"structured_outputs": "choice"},
+    ],
+    ids=lambda constraint: next(iter(constraint)),
+)
+def test_the_raw_row_is_kept_for_every_kind_of_constraint(secret: str, constraint: dict[str, Any]) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if "structured_outputs" in constraint:
+        constraint = {"structured_outputs": StructuredOutputsParams(choice=["a"])}
+    target, logits = processor(), random_logits(3)
+    leader = params("g", 2, 0, **constraint)
+    add(target, {0: params("g", 2, 1), 1: leader, 2: params(**constraint)})
+    target.keep_raw_rows(logits)
+    assert list(target._raw) == [1] and torch.equal(target._raw[1], logits[1])
+    logits[1] += 1
+    assert not torch.equal(target._raw[1], logits[1])
+    target.drop_raw_rows()
+    assert target._raw is None
+    validate(leader)
+    with pytest.raises(ValueError, match="member 1 of a gang carries a constraint .*; only member 0 may"):
+        validate(params("g", 2, 1, **constraint))
+
+
+def test_the_hooks_see_the_logits_before_the_grammar_and_forget_them_after_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from types import SimpleNamespace
+
+    from vllm.v1.worker import gpu_model_runner
+
+    from credence.serve.vllm_plugin.logits_processor import install_hooks
+
+    def mask(scheduler_output: Any, grammar_output: Any, input_batch: Any, logits: Tensor) -> None:
+        logits[0, 1:] = -torch.inf
+
+    def sample(self: Any, logits: Tensor, metadata: Any) -> Tensor:
+        if self.fails:
+            raise RuntimeError("the sampler failed")
+        return target.apply(logits)
+
+    monkeypatch.setattr(gpu_model_runner, "apply_grammar_bitmask", mask)
+    monkeypatch.setattr(gpu_model_runner.GPUModelRunner, "_sample", sample)
+    install_hooks()
+    install_hooks()
+    target, logits = processor(), random_logits(2)
+    target.discarded = None
+    from vllm.sampling_params import StructuredOutputsParams
+
+    structured = {"structured_outputs": StructuredOutputsParams(choice=["a"])}
+    add(target, {0: params("g", 2, 0, **structured), 1: params("g", 2, 1)})
+    batch = SimpleNamespace(logitsprocs=SimpleNamespace(non_argmax_invariant=[target]), num_reqs=2)
+    runner = SimpleNamespace(input_batch=batch, discard_request_mask=SimpleNamespace(np=np.zeros(4, bool)), fails=False)
+    raw = logits[0].clone()
+    gpu_model_runner.apply_grammar_bitmask(None, None, batch, logits)
+    assert torch.equal(target._raw[0], raw) and logits[0, 1:].isneginf().all()
+    after = gpu_model_runner.GPUModelRunner._sample(runner, logits, None)
+    assert forced_token(after[0]) == forced_token(after[1]) == 0
+    assert target._raw is None and target.discarded.tolist() == [False, False]
+    runner.fails = True
+    with pytest.raises(RuntimeError):
+        gpu_model_runner.GPUModelRunner._sample(runner, random_logits(2), None)
+    assert target._raw is None
 
 
 def test_a_gang_of_one() -> None:
@@ -341,6 +499,15 @@ def test_without_a_configured_token_nobody_may_use_the_keys(monkeypatch: pytest.
         ("seed", None, "integer in 0"),
         ("stats", "relative/path", "absolute path"),
         ("stats", None, "absolute path"),
+        ("top", -1, "integer in 0"),
+        ("top", 1001, "credence_top must be an integer in 0..1000"),
+        ("top", 2.0, "integer in 0"),
+        ("targets", None, r"list of \[position, token\] pairs"),
+        ("targets", [[1, 2, 3]], "pairs"),
+        ("targets", [3], "pairs"),
+        ("targets", [[0, -1]], "pairs"),
+        ("targets", [[0, True]], "pairs"),
+        ("targets", [[4, 1], [3, 1]], "by ascending position"),
         ("colour", 1, "exactly the keys"),
     ],
 )
@@ -349,6 +516,12 @@ def test_malformed_members_are_refused(secret: str, key: str, value: Any, messag
     request.extra_args[f"credence_{key}"] = value
     with pytest.raises(ValueError, match=message):
         validate(request)
+
+
+def test_a_scoring_gang_generates_one_token(secret: str) -> None:
+    validate(params("g", targets=[[0, 5], [0, 6], (7, 1)], max_tokens=1))
+    with pytest.raises(ValueError, match="a scoring gang has max_tokens = 1, got 16"):
+        validate(params("g", targets=[[0, 5]]))
 
 
 def test_missing_keys_and_several_completions_are_refused(secret: str) -> None:

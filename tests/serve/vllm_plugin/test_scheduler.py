@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
 import credence.serve.vllm_plugin.scheduler as scheduler_module
+from credence.serve.step_stats import StepStats
 from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler, gang_scheduler
 from tests.serve.vllm_plugin.scheduler_harness import BLOCK_SIZE, Engine, vllm_config
 
@@ -154,6 +157,22 @@ def test_prompt_lengths_cold_and_cached(length: int, is_async: bool) -> None:
 
 
 @both
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("first", "hit"), [(0, 0), (3, 0), (4, 4), (17, 16), (30, 28), (32, 32), (33, 32)])
+def test_a_scoring_gang_reads_from_the_cache_only_what_lies_before_its_first_target(
+    first: int, hit: int, k: int, is_async: bool
+) -> None:
+    engine = Engine(is_async=is_async, tokens=16)
+    for member in range(k):
+        engine.add(f"warm{member}", prompt=34, lora=member + 1, max_tokens=1)
+    engine.run()
+    members = engine.add_gang("g", k, prompt=34, max_tokens=1, targets=[[first, 5], [33, 5]])
+    engine.run()
+    assert [engine.prefix_hits[member] for member in members] == [hit] * k
+    assert ends(engine, *members) == {FinishReason.LENGTH}
+
+
+@both
 def test_one_token_prompts_keep_their_tokens_from_ordinary_prefills(is_async: bool) -> None:
     engine = Engine(is_async=is_async, tokens=8, max_model_len=512)
     engine.add("long", prompt=200)
@@ -239,6 +258,43 @@ def test_a_gang_that_falls_out_of_step_is_ended(is_async: bool, caplog: pytest.L
     engine.scheduler.gang_violations = 0
     engine.run()
     assert ends(engine, "o") == {FinishReason.LENGTH}
+
+
+# --- the waiting time
+
+
+@both
+def test_the_first_release_reports_the_time_since_the_last_arrival(is_async: bool, tmp_path: Path) -> None:
+    engine = Engine(is_async=is_async, seqs=4, tokens=16)
+    engine.may_preempt_gangs = True
+    with StepStats.create(tmp_path / "gang", 3, 20) as stats:
+        engine.add("long", max_tokens=30)
+        engine.add("short", max_tokens=10)
+        for member in range(3):
+            engine.step()
+            arrived = engine.now
+            engine.add_member("g", 3, 2 - member, prompt=20, max_tokens=20, stats=stats.path)
+        engine.step_until(lambda: engine.started)
+        wait_s = stats.read_wait()
+        assert wait_s == engine.now - arrived > 6
+        for _ in range(3):
+            engine.step()
+        assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+        engine.run()
+        assert engine.preemptions and stats.read_wait() == wait_s
+
+
+@both
+def test_nobody_else_reports_a_waiting_time(is_async: bool, tmp_path: Path) -> None:
+    """K = 1 is ordinary; a file that is gone, or none at all, is nobody's business."""
+    engine = Engine(is_async=is_async)
+    with StepStats.create(tmp_path / "one", 1, 4) as stats:
+        engine.add_gang("one", 1, stats=stats.path)
+        engine.add_gang("gone", 2, stats=str(tmp_path / "gone"))
+        engine.add_gang("none", 2)
+        engine.run()
+        assert stats.read_wait() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 # --- fairness
@@ -453,17 +509,18 @@ def test_a_pause_lets_admitted_gangs_finish_and_admits_no_other(is_async: bool) 
 
 
 @both
-def test_a_gang_waits_for_its_grammars_without_blocking_others(is_async: bool) -> None:
+@pytest.mark.parametrize("constrained", [1, 2], ids=["leader", "all"])
+def test_a_gang_waits_for_its_grammars_without_blocking_others(constrained: int, is_async: bool) -> None:
     engine = Engine(is_async=is_async)
     members = [engine.requests[r] for r in engine.add_gang("g", 2)]
-    for member in members:
+    for member in members[:constrained]:
         member.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
         member.structured_output_request = SimpleNamespace(grammar=None)
     engine.step()
     engine.add("o")
     engine.step_until(lambda: "o" in engine.reasons)
-    assert "g.0" not in engine.first_step and engine.scheduler.gangs_admitted == 0
-    members[1].structured_output_request.grammar = ValueError("bad grammar")
+    assert not {"g.0", "g.1"} & set(engine.first_step) and engine.scheduler.gangs_admitted == 0
+    members[constrained - 1].structured_output_request.grammar = ValueError("bad grammar")
     engine.run()
     assert ends(engine, "g.0", "g.1") == {FinishReason.ERROR}
 
@@ -561,6 +618,9 @@ class Traffic:
         if rng.random() < 0.5:
             engine.add(f"o{self.count}", lora=rng.choice([0, 0, 1, 2, 9, 10]), **shared)
             return
+        if rng.random() < 0.3:  # a scoring gang
+            first = rng.randrange(len(prompt))
+            shared |= {"max_tokens": 1, "stop_at": None, "targets": [[first, 1], [len(prompt) - 1, 2]]}
         k = rng.choice([1, 2, 2, 3, 4, 8])
         if rng.random() < 0.9:  # most gangs fit
             k = min(k, self.seqs, self.loras)
@@ -620,3 +680,89 @@ def test_random_traffic(block: int, is_async: bool) -> None:
         totals["aborted"] += traffic.engine.scheduler.gangs_aborted
         totals["preempted"] += traffic.engine.preemptions
     assert min(totals.values()) > 20, f"the traffic does not test much: {totals}"
+
+
+# --- a bound on waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One arrival of the heavy traffic: an ordinary request (k = 1) or a gang, and the most it can ask for."""
+
+    name: str
+    arrival: float
+    k: int
+    adapters: frozenset[int]
+    blocks: int
+    steps: int
+
+    def starts(self, engine: Engine) -> float:
+        return engine.first_step[self.name if self.k == 1 else f"{self.name}.0"]
+
+
+def first_come_first_served(jobs: list[Job], places: int, loras: int, blocks: int) -> list[float]:
+    """Start of each job, in steps, in a server where nobody starts before those that came earlier.
+
+    A job holds its places, adapters and worst-case blocks for its longest service time. What comes later does not matter.
+    """
+    starts: list[float] = []
+    running: list[tuple[float, Job]] = []  # by end
+    now = 0.0
+    for job in jobs:
+        now = max(now, job.arrival)
+        while True:
+            running = sorted((entry for entry in running if entry[0] > now), key=lambda entry: entry[0])
+            held = frozenset[int]().union(*(other.adapters for _, other in running))
+            if (
+                sum(other.k for _, other in running) + job.k <= places
+                and len(held | job.adapters) <= loras
+                and sum(other.blocks for _, other in running) + job.blocks <= blocks
+            ):
+                break
+            now = running[0][0]
+        starts.append(now)
+        running.append((now + job.steps, job))
+    return starts
+
+
+def heavy_traffic(seed: int, is_async: bool, scheduler: Any = gang_scheduler) -> tuple[Engine, list[Job], list[float]]:
+    """More work than the engine can do for 400 steps; returns the jobs and their starts in the model."""
+    rng = random.Random(seed)
+    places, loras, blocks, tokens = 8, rng.choice([4, 8]), rng.choice([40, 200]), 32
+    engine = Engine(is_async=is_async, make=scheduler, seqs=places, loras=loras, blocks=blocks, tokens=tokens)
+    jobs: list[Job] = []
+    most = ["gangs", "ordinary", "both"][seed % 3]  # what most of the traffic is; the rest must not starve
+    for _ in range(400):
+        for _ in range(rng.choice([0, 0, 1, 1, 2])):
+            name, prompt, max_tokens = f"j{len(jobs)}", rng.randint(1, 24), rng.randint(1, 16)
+            rare = rng.random() < 0.1
+            k = {"gangs": 1 if rare else 2, "ordinary": loras if rare else 1, "both": rng.choice([1, 1, 2, 4])}[most]
+            need = k * -(-(prompt + max_tokens) // BLOCK_SIZE)
+            if need > blocks:
+                continue
+            targets = [[rng.randrange(prompt), 1]] if k > 1 and rng.random() < 0.3 else None
+            max_tokens = 1 if targets else max_tokens
+            if k == 1:
+                adapters = rng.choice([0, 0, 1, 9])
+                engine.add(name, [rng.choice([1, 2])] * prompt, max_tokens, adapters)
+                held = {adapters} - {0}
+            else:
+                engine.add_gang(name, k, prompt=prompt, max_tokens=max_tokens, targets=targets)
+                held = set(range(1, k + 1))
+            # A quarter of the tokens of each step for its prompt, then a token a step.
+            steps = -(-4 * k * prompt // tokens) + max_tokens + 1
+            jobs.append(Job(name, engine.now, k, frozenset(held), need, steps))
+        engine.step()
+    engine.run(limit=5000)
+    return engine, jobs, first_come_first_served(jobs, places, loras, blocks)
+
+
+@both
+@pytest.mark.parametrize("seed", range(4))
+def test_waiting_is_bounded_by_the_work_that_came_before(seed: int, is_async: bool) -> None:
+    """Under a stream that never lets up, nobody waits longer than if those before it were served one after the other, in order."""
+    engine, jobs, bounds = heavy_traffic(seed, is_async)
+    for job, bound in zip(jobs, bounds, strict=True):
+        assert job.starts(engine) <= bound + 4, f"{job} started in step {job.starts(engine)}, the bound is {bound}"
+    waits = [job.starts(engine) - job.arrival for job in jobs]
+    assert max(waits) > 100, "nobody had to wait: the traffic does not test much"
