@@ -1,13 +1,14 @@
-"""One request -> K members -> one answer: planning, slots, statistics and the response object. Knows no vLLM.
+"""The posterior samples of one request: planning, leasing, and the gangs that run on them. Knows no vLLM.
 
 The order of a request: :meth:`EnsembleService.plan` checks everything that can be checked and resolves defaults;
-:meth:`EnsembleService.gang` leases the samples' slots and draws those that hold none; the engine side runs the members in lock-step and
-leaves one record per step in the gang's statistics file; :func:`describe` turns the records into the response object, or refuses if any
-record is missing or names another token than the one that was sent.
+:meth:`EnsembleService.ensemble` leases the samples' slots and draws those that hold none; :meth:`Ensemble.gang` describes K member
+requests; the engine side runs them in lock-step and leaves one record per step in the gang's statistics file; credence.serve.report turns
+the records into the response object.
 """
 
 import asyncio
 import itertools
+import logging
 import math
 import secrets
 import time
@@ -16,22 +17,21 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from credence.adapters import Artifact, sequence_scores
+from credence.adapters import Artifact
 from credence.serve.config import ServeConfig
 from credence.serve.engine import EngineLimits, SampleEngine, SampleLoadError
 from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, Unavailable
-from credence.serve.metrics import Metrics
+from credence.serve.metrics import Metrics, k_label
 from credence.serve.samples import NoFreeSlot, SampleRef, SampleSlots, Slot
-from credence.serve.schemas import (
-    AdapterIdentity,
-    SequenceUncertainty,
-    TokenUncertainty,
-    Uncertainty,
-    UncertaintyOptions,
-)
+from credence.serve.schemas import UncertaintyOptions
 from credence.serve.step_stats import StepStats, StepTable
+
+logger = logging.getLogger(__name__)
+
+FIRST_STAGE = 4
+"""Samples with which an adaptive request starts; the number then doubles."""
+SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Distance between the token seeds of the sequences of one request: the golden ratio of 2**64, odd."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class ServedAdapter:
 
     name: str
     artifact: Artifact
+    merged: bool = False
+    """Whether the mean is in the base weights, so that samples are delta adapters."""
 
     @property
     def support(self) -> tuple[int, ...]:
@@ -51,16 +53,42 @@ class ServedAdapter:
         """Whether a temperature is stored whose support the server knows (the letters of a multiple-choice row it does not)."""
         return bool(self.artifact.calibration.temperature) and self.artifact.config.training.get("format") != "choices"
 
+    @property
+    def labels(self) -> dict[str, int]:
+        """Answer token of each label of a classification adapter, by the label's name; empty for other adapters."""
+        return dict(zip(self.artifact.config.training.get("labels", ()), self.support, strict=False))
+
+    def can_calibrate_choices(self, tokens: Sequence[Sequence[int]]) -> bool:
+        """Whether the stored temperature was fitted on choices like these: the classification labels, or single answer letters."""
+        if not self.artifact.calibration.temperature or any(len(label) != 1 for label in tokens):
+            return False
+        if self.artifact.config.training.get("format") == "choices":
+            return True
+        return bool(self.support) and {label[0] for label in tokens} == set(self.support)
+
     def sample(self, seed: int, index: int, tau: float) -> SampleRef:
         """Identity of one sample; at tau = 0 and for point posteriors every sample is the mean, and shares one slot."""
         if tau == 0 or not self.artifact.has_posterior:
             seed, index, tau = 0, 0, 0.0
-        return SampleRef(store=str(self.artifact.path), digest=self.artifact.digest, seed=seed, index=index, tau=tau)
+        return SampleRef(
+            store=str(self.artifact.path),
+            digest=self.artifact.digest,
+            seed=seed,
+            index=index,
+            tau=tau,
+            layout="delta" if self.merged else "shared",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A checked request: nothing in it can fail for a reason the user could have been told at once."""
+    """A checked request: nothing in it can fail for a reason the user could have been told at once.
+
+    Attributes:
+        num_samples: K; the largest K of an adaptive request.
+        min_samples: fewer samples than this are an error.
+        adaptive: whether samples are added only until the decision is settled.
+    """
 
     adapter: ServedAdapter
     options: UncertaintyOptions
@@ -68,17 +96,37 @@ class Plan:
     min_samples: int
     tau: float
     seed: int
+    adaptive: bool = False
+
+    def temperature(self, num_samples: int) -> float:
+        """The stored temperature for this K; samples at tau = 0 are the mean, which has its own."""
+        return self.adapter.artifact.calibration.fitted_temperature(0 if self.tau == 0 else num_samples)
 
 
 @dataclass(kw_only=True)
 class Gang:
-    """The running members of one request."""
+    """K member requests that the engine runs in lock-step, and what came of them.
+
+    Attributes:
+        slots: the members' samples.
+        token_seed: key of the token generator.
+        prompt_token_ids: what the members read; of a scoring gang, context and text without its last token.
+        max_tokens: largest number of tokens to generate; 1 for a scoring gang.
+        targets: of a scoring gang, the (position, token) pairs to score; else empty.
+        num_top: top log-probabilities to record per token.
+        token_ids: the tokens generated so far.
+    """
 
     gang_id: str
     plan: Plan
     slots: list[Slot]
-    token_seed: int = field(default_factory=lambda: secrets.randbits(63))
+    token_seed: int
+    prompt_token_ids: list[int]
+    max_tokens: int
+    targets: tuple[tuple[int, int], ...] = ()
+    num_top: int = 0
     stats: StepStats | None = None
+    token_ids: list[int] = field(default_factory=list)
 
     @property
     def num_samples(self) -> int:
@@ -87,9 +135,128 @@ class Gang:
 
     @property
     def temperature(self) -> float:
-        """The stored temperature for this K; samples at tau = 0 are the mean, which has its own."""
-        calibration = self.plan.adapter.artifact.calibration
-        return calibration.fitted_temperature(0 if self.plan.tau == 0 else self.num_samples)
+        """The calibration's temperature for this K."""
+        return self.plan.temperature(self.num_samples)
+
+    def table(self, start: int = 0) -> StepTable:
+        """The records of the generated tokens, or of the targets, from ``start`` on.
+
+        Raises:
+            EnsembleFailed: a record is missing or is of another token: the members did not stay together.
+        """
+        if self.stats is None:
+            raise EnsembleFailed("the engine left no statistics for this answer")
+        expected = [token for _, token in self.targets] if self.targets else self.token_ids
+        table = self.stats.read(len(expected), start)
+        if table.token_id.tolist() != expected[start:]:
+            raise EnsembleFailed("the statistics do not match the tokens: the members did not stay in lock-step")
+        return table
+
+
+class Ensemble:
+    """The leased samples of one request.
+
+    Attributes:
+        slots: the samples drawn so far.
+        token_seed: the request's own sampling seed, or a random one.
+        sample_prompt_tokens, sample_completion_tokens: work done under posterior samples, for ``usage``.
+    """
+
+    def __init__(self, service: "EnsembleService", plan: Plan) -> None:
+        self.plan = plan
+        self.slots: list[Slot] = []
+        self.token_seed = secrets.randbits(63)
+        self.sample_prompt_tokens = 0
+        self.sample_completion_tokens = 0
+        self._service = service
+        self._asked = 0
+        self._gangs: list[Gang] = []
+
+    async def draw(self, num_samples: int) -> None:
+        """Leases samples until ``num_samples`` have been asked for, drawing those that hold no slot.
+
+        Raises:
+            Unavailable: no free slot, or fewer samples than the plan's minimum can be drawn.
+        """
+        wanted = range(self._asked, num_samples)
+        if not wanted:
+            return
+        plan = self.plan
+        refs = [plan.adapter.sample(plan.seed, index, plan.tau) for index in wanted]
+        self._asked = num_samples
+        self._service.metrics.samples_requested.inc(len(refs))
+        self.slots += await self._service.lease(refs)
+        missing = num_samples - len(self.slots)
+        if missing and num_samples - missing < min(plan.min_samples, num_samples):
+            raise Unavailable(
+                f"{missing} of {num_samples} posterior samples could not be drawn, at least {plan.min_samples} are needed",
+                reason="sample_failed",
+            )
+        if missing:
+            self._service.metrics.degraded_requests.labels("sample_failed").inc()
+
+    def gang(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        max_tokens: int = 1,
+        samples: slice = slice(None),
+        sequence: int = 0,
+        targets: Sequence[tuple[int, int]] = (),
+        num_top: int = 0,
+    ) -> Gang:
+        """Describes the members of one sequence and creates their statistics file.
+
+        Args:
+            samples: which of the drawn samples take part; all by default.
+            sequence: number of the sequence within the request: each has its own token seed.
+
+        Raises:
+            BadRequest: the engine could never run it.
+            Unavailable: the statistics folder is full.
+        """
+        gang = Gang(
+            gang_id=secrets.token_hex(8),
+            plan=self.plan,
+            slots=self.slots[samples],
+            token_seed=(self.token_seed + sequence * SEED_STRIDE) % 2**63,
+            prompt_token_ids=list(prompt_token_ids),
+            max_tokens=max_tokens,
+            targets=tuple(targets),
+            num_top=num_top,
+        )
+        self._service.check_fits(
+            gang.num_samples, len(gang.prompt_token_ids), max_tokens, len({position for position, _ in targets})
+        )
+        path = Path(self._service.config.stats_dir) / gang.gang_id
+        try:
+            gang.stats = StepStats.create(path, gang.num_samples, len(targets) or max_tokens, num_top)
+        except OSError as error:
+            raise Unavailable(
+                f"no room for the statistics of this request: {error.strerror}", reason="overload"
+            ) from error
+        self._gangs.append(gang)
+        return gang
+
+    def check_fits(self, num_prompt_tokens: int, num_scored: int) -> None:
+        """Refuses a text that could never be scored under all the plan's samples; raises BadRequest."""
+        self._service.check_fits(self.plan.num_samples, num_prompt_tokens, 1, num_scored)
+
+    def finished(self, gang: Gang) -> None:
+        """Counts the work of a gang that has ended."""
+        self.sample_prompt_tokens += gang.num_samples * len(gang.prompt_token_ids)
+        if not gang.targets:
+            self.sample_completion_tokens += gang.num_samples * len(gang.token_ids)
+        waited = gang.stats.read_wait() if gang.stats is not None else None
+        if waited is not None:
+            self._service.metrics.gang_wait_seconds.labels(k_label(gang.num_samples)).observe(waited)
+
+    def close(self) -> None:
+        """Removes the statistics files and ends the leases."""
+        for gang in self._gangs:
+            if gang.stats is not None:
+                gang.stats.unlink()
+        self._service.release([slot.ref for slot in self.slots])
 
 
 def check_limits(config: ServeConfig, *, max_num_seqs: int | None, max_loras: int | None) -> None:
@@ -150,8 +317,8 @@ class EnsembleService:
         """
         for adapter in self.adapters.values():
             try:
-                async with self.gang(self.plan(adapter.name, UncertaintyOptions())):
-                    pass
+                async with self.ensemble(self.plan(adapter.name, UncertaintyOptions())) as ensemble:
+                    self._slots.pin([slot.ref for slot in ensemble.slots])
             except Unavailable as error:
                 raise ConfigurationError(f"adapter {adapter.name}: {error.message}") from error
 
@@ -169,7 +336,14 @@ class EnsembleService:
                 param="model",
             )
         most = self.max_samples(adapter)
-        k = self.default_samples(adapter) if options.n_samples is None else options.n_samples
+        adaptive = options.n_samples == "auto"
+        k = (
+            options.n_samples
+            if isinstance(options.n_samples, int)
+            else most
+            if adaptive
+            else self.default_samples(adapter)
+        )
         if k > most:
             why = (
                 ""
@@ -192,80 +366,82 @@ class EnsembleService:
             min_samples=k if options.min_samples is None else options.min_samples,
             tau=config.fitted_tau(k) if options.tau is None else options.tau,
             seed=config.default_seed if options.seed is None else options.seed,
+            adaptive=adaptive,
         )
 
-    def check_fits(self, gang: Gang, num_prompt_tokens: int, max_tokens: int) -> None:
-        """Refuses a gang whose worst case is larger than the whole KV cache.
+    def check_fits(self, k: int, num_prompt_tokens: int, max_tokens: int, num_scored: int = 0) -> None:
+        """Refuses a gang whose worst case is larger than the whole KV cache, or that scores more rows than a worker may hold.
+
+        Args:
+            k: members.
+            num_scored: positions that are scored under every member.
 
         Raises:
-            BadRequest: it could never be admitted.
+            BadRequest: it could never be run.
         """
         # One spare block per member, as the gang scheduler reserves it.
         per_member = math.ceil((num_prompt_tokens + max_tokens) / self.limits.block_size) + 1
-        needed, total = gang.num_samples * per_member, self.limits.num_kv_blocks - 1
+        needed, total = k * per_member, self.limits.num_kv_blocks - 1
         if needed > total:
             raise BadRequest(
-                f"{gang.num_samples} samples of {num_prompt_tokens} + {max_tokens} tokens need {needed} KV blocks, the server has {total}; "
+                f"{k} samples of {num_prompt_tokens} + {max_tokens} tokens need {needed} KV blocks, the server has {total}; "
                 "ask for fewer samples or fewer tokens",
+                param="uncertainty.n_samples",
+            )
+        most = self.config.max_scored_rows
+        if k * num_scored > most:
+            raise BadRequest(
+                f"scoring up to {num_scored} tokens under {k} samples makes {k * num_scored} rows, the server takes {most}; "
+                "lower max_tokens, score a shorter text or ask for fewer samples",
                 param="uncertainty.n_samples",
             )
 
     @asynccontextmanager
-    async def gang(self, plan: Plan) -> AsyncIterator[Gang]:
-        """Lends the slots of a plan's samples, drawing those that hold none; gives everything back at the end.
+    async def ensemble(self, plan: Plan, *, sequences: int = 1) -> AsyncIterator[Ensemble]:
+        """Lends the samples of a plan, and takes everything back at the end.
+
+        An adaptive plan starts with :data:`FIRST_STAGE` samples; its modes draw more.
+
+        Args:
+            sequences: how many gangs of K members the request may run at once.
 
         Raises:
-            Unavailable: too many member rows in flight, no free slot, or fewer than ``min_samples`` samples could be drawn.
+            Unavailable: too many member rows in flight, no free slot, or too few samples could be drawn.
         """
-        k = plan.num_samples
-        if self._rows + k > self.config.max_inflight_rows:
+        rows = plan.num_samples * sequences
+        if rows > self.config.max_inflight_rows:
+            raise BadRequest(
+                f"{plan.num_samples} samples of {sequences} sequences make {rows} rows, the server takes {self.config.max_inflight_rows} "
+                "at once; ask for fewer samples, prompts or completions",
+                param="n",
+            )
+        if self._rows + rows > self.config.max_inflight_rows:
             raise Unavailable(
-                f"{self._rows} of {self.config.max_inflight_rows} member rows are in flight, {k} more do not fit; retry later",
+                f"{self._rows} of {self.config.max_inflight_rows} member rows are in flight, {rows} more do not fit; retry later",
                 reason="overload",
             )
-        self._rows += k
+        self._rows += rows
         self.metrics.inflight_requests.inc()
-        self.metrics.samples_requested.inc(k)
-        leased: list[SampleRef] = []
-        gang: Gang | None = None
+        ensemble = Ensemble(self, plan)
         try:
-            refs = [plan.adapter.sample(plan.seed, index, plan.tau) for index in range(k)]
-            slots = await self._lease(refs)
-            leased = [slot.ref for slot in slots]
-            if len(slots) < plan.min_samples:
-                raise Unavailable(
-                    f"{k - len(slots)} of {k} posterior samples could not be drawn, at least {plan.min_samples} are needed",
-                    reason="sample_failed",
-                )
-            if len(slots) < k:
-                self.metrics.degraded_requests.labels("sample_failed").inc()
-            gang = Gang(gang_id=secrets.token_hex(8), plan=plan, slots=slots)
-            yield gang
+            await ensemble.draw(min(FIRST_STAGE, plan.num_samples) if plan.adaptive else plan.num_samples)
+            yield ensemble
         finally:
-            if gang is not None and gang.stats is not None:
-                gang.stats.unlink()
-            self._slots.release(leased)
-            self._count_slots()
-            self._rows -= k
+            ensemble.close()
+            self._rows -= rows
             self.metrics.inflight_requests.dec()
 
-    def open_stats(self, gang: Gang, max_tokens: int) -> str:
-        """Creates the statistics file of a gang and returns its path.
+    def release(self, refs: Sequence[SampleRef]) -> None:
+        """Ends leases."""
+        self._slots.release(refs)
+        self._count_slots()
+
+    async def lease(self, refs: Sequence[SampleRef]) -> list[Slot]:
+        """Leases and draws; samples that cannot be drawn are left out. One at a time, so nobody sees a half-drawn sample.
 
         Raises:
-            Unavailable: the statistics folder is full.
+            Unavailable: no free slot.
         """
-        path = Path(self.config.stats_dir) / gang.gang_id
-        try:
-            gang.stats = StepStats.create(path, gang.num_samples, max_tokens)
-        except OSError as error:
-            raise Unavailable(
-                f"no room for the statistics of this request: {error.strerror}", reason="overload"
-            ) from error
-        return str(path)
-
-    async def _lease(self, refs: Sequence[SampleRef]) -> list[Slot]:
-        """Leases and draws; samples that cannot be drawn are left out. One at a time, so nobody sees a half-drawn sample."""
         async with self._lock:
             known = set(self._slots.resident())
             try:
@@ -283,7 +459,8 @@ class EnsembleService:
                     start = time.perf_counter()
                     try:
                         await self._engine.load(slot)
-                    except SampleLoadError:
+                    except SampleLoadError as error:
+                        logger.warning("A posterior sample could not be drawn: %s", error)
                         continue
                     failed.discard(slot.ref)
                     self.metrics.sample_materialize_seconds.observe(time.perf_counter() - start)
@@ -299,93 +476,3 @@ class EnsembleService:
     def _count_slots(self) -> None:
         for state, count in self._slots.counts().items():
             self.metrics.sample_slots.labels(state).set(count)
-
-
-def _confidence(gang: Gang, table: StepTable) -> tuple[float, bool]:
-    """Confidence in [0, 1] and whether the stored calibration was applied.
-
-    The geometric mean of the tokens' probabilities under the average; of a classification adapter, the probability of its answer, the
-    first token, among the labels. Without a usable calibration, at temperature 1 over the vocabulary.
-    """
-    adapter = gang.plan.adapter
-    if gang.plan.options.calibrated and adapter.can_calibrate:
-        steps = slice(0, 1) if adapter.support else slice(None)
-        log_prob = float(table.calibrated_log_prob[steps].mean())
-        if not math.isnan(log_prob):
-            return math.exp(min(log_prob, 0.0)), True
-    return math.exp(min(float(table.log_prob.mean()), 0.0)), False
-
-
-def describe(gang: Gang, token_ids: Sequence[int], tokens: Sequence[str]) -> Uncertainty:
-    """Builds the response object from the records the engine left.
-
-    Args:
-        token_ids: the answer's tokens.
-        tokens: their texts.
-
-    Raises:
-        EnsembleFailed: a record is missing or is of another token: the members did not stay together.
-    """
-    plan, options = gang.plan, gang.plan.options
-    artifact = plan.adapter.artifact
-    identity = AdapterIdentity(name=plan.adapter.name, digest=artifact.digest)
-    common = {
-        "mode": options.mode,
-        "n_samples": plan.num_samples,
-        "n_effective": gang.num_samples,
-        "tau": plan.tau,
-        "seed": plan.seed,
-        "adapter": identity,
-    }
-    if not token_ids:
-        return Uncertainty.model_validate(
-            common
-            | dict.fromkeys(("confidence", "total", "aleatoric", "epistemic", "sequence"))
-            | {"calibrated": False, "flag": "ok"}
-        )
-    if gang.stats is None:
-        raise EnsembleFailed("the engine left no statistics for this answer")
-    table = gang.stats.read(len(token_ids))
-    if [int(token) for token in table.token_id] != list(token_ids):
-        raise EnsembleFailed("the statistics do not match the answer's tokens: the members did not stay in lock-step")
-    scores = sequence_scores(
-        log_prob_T=torch.tensor(table.log_prob),
-        total_T=torch.tensor(table.total),
-        epistemic_T=torch.tensor(table.epistemic),
-        variation_ratio_T=torch.tensor(table.variation_ratio),
-        member_log_probs_TK=torch.tensor(table.member_log_probs),
-    )
-    confidence, calibrated = _confidence(gang, table)
-    low = options.threshold is not None and confidence < options.threshold
-    details = None
-    if options.granularity == "token":
-        details = [
-            TokenUncertainty(
-                token=token,
-                logprob=float(table.log_prob[step]),
-                total=float(table.total[step]),
-                aleatoric=float(table.aleatoric[step]),
-                epistemic=float(table.epistemic[step]),
-                variation_ratio=float(table.variation_ratio[step]),
-            )
-            for step, token in enumerate(tokens)
-        ]
-    return Uncertainty.model_validate(
-        common
-        | {
-            "confidence": confidence,
-            "calibrated": calibrated,
-            "flag": "low_confidence" if low else "ok",
-            "total": scores.total,
-            "aleatoric": scores.aleatoric,
-            "epistemic": scores.epistemic,
-            "sequence": SequenceUncertainty(
-                mean_logprob=scores.mean_logprob,
-                logprob_std=scores.logprob_std if math.isfinite(scores.logprob_std) else None,
-                variation_ratio=scores.variation_ratio,
-                max_total=scores.max_total,
-                max_epistemic=scores.max_epistemic,
-            ),
-            "tokens": details,
-        }
-    )

@@ -1,8 +1,8 @@
 """The door of the server: an ASGI middleware in front of vLLM's untouched application.
 
 A request without ``uncertainty`` passes through byte for byte and is only timed. A request with it never reaches vLLM's own routes: those
-accept unknown fields, so they would answer 200 without any uncertainty. On /v1/completions it goes to the backend; anywhere else it is a
-400 that says so. The door is also where bodies are bounded, a draining server says 503, and with an API key every route but the
+accept unknown fields, so they would answer 200 without any uncertainty. On :data:`SERVED_PATHS` it goes to the backend; anywhere else it is
+a 400 that says so. The door is also where bodies are bounded, a draining server says 503, and with an API key every route but the
 health and metrics ones needs it (vLLM guards /v1 only).
 """
 
@@ -11,9 +11,9 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qs
 
 from credence.serve.errors import BadRequest, PayloadTooLarge, ServeError, Unavailable
@@ -28,8 +28,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-SERVED_PATH = "/v1/completions"
-TIMED_PATHS = (SERVED_PATH, "/v1/chat/completions")
+T = TypeVar("T")
+
+SCORE_PATH = "/v1/uncertainty/score"
+SERVED_PATHS = ("/v1/completions", "/v1/chat/completions", SCORE_PATH)
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
 
 
@@ -41,6 +43,23 @@ class Answer:
     num_samples: int
 
 
+class EventStream(Protocol):
+    """A running answer. It holds samples until it is closed, which is the gate's to do, started or not."""
+
+    @property
+    def num_samples(self) -> int:
+        """K so far; final at the end of the stream."""
+        ...
+
+    def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events; errors are events too."""
+        ...
+
+    async def close(self) -> None:
+        """Ends what still runs and gives everything back."""
+        ...
+
+
 class Backend(Protocol):
     """Answers uncertainty requests; the vLLM plugin's or a test's."""
 
@@ -49,8 +68,10 @@ class Backend(Protocol):
     max_body_bytes: int
     api_keys: tuple[str, ...]
 
-    async def complete(self, body: dict[str, Any], options: UncertaintyOptions, scope: Scope) -> Answer:
-        """Answers a /v1/completions body whose ``uncertainty`` field was taken out; raises ServeError."""
+    async def answer(
+        self, path: str, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
+    ) -> Answer | EventStream:
+        """Answers a body, of one of :data:`SERVED_PATHS`, whose ``uncertainty`` field was taken out; raises ServeError."""
         ...
 
     def error_of(self, error: Exception) -> ServeError:
@@ -72,9 +93,9 @@ class Gate:
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
-        path: str = scope["path"]
         sent = _Sent(send)
         k, mode = 0, "mean"
+        path = scope["path"]
         status: int | None = None
         try:
             if not _authorised(scope, backend.api_keys):
@@ -90,29 +111,41 @@ class Gate:
             if options is None:
                 await self.app(scope, _replay(raw, receive), sent)
                 return
-            mode, k = options.mode, options.n_samples or 0
-            if path != SERVED_PATH:
-                raise BadRequest(f"uncertainty is served on {SERVED_PATH}, not on {path}", param="uncertainty")
-            answer = await _unless_disconnected(self._complete(backend, body, options, scope), receive)
-            k = answer.num_samples
-            await _send_json(sent, 200, answer.body, {})
+            mode, k = options.mode, options.n_samples if isinstance(options.n_samples, int) else 0
+            if path not in SERVED_PATHS:
+                raise BadRequest(
+                    f"uncertainty is served on {', '.join(SERVED_PATHS)}, not on {path}", param="uncertainty"
+                )
+            answer = await _unless_disconnected(self._answer(backend, path, body, options, scope), receive)
+            if isinstance(answer, Answer):
+                k = answer.num_samples
+                await _send_json(sent, 200, answer.body, {})
+                return
+            try:
+                await _unless_disconnected(_send_events(sent, answer.events()), receive)
+            finally:
+                k = answer.num_samples
+                await answer.close()
         except _Disconnected:
             status = 499
             backend.metrics.client_disconnects.inc()
         except ServeError as error:
             await _refuse(error, backend, sent)
         finally:
-            if path in TIMED_PATHS and scope["method"] == "POST":
+            if path in SERVED_PATHS and scope["method"] == "POST":
                 status = status or sent.status
                 outcome = "disconnected" if status in (None, 499) else outcome_label(status or 0)
                 labels = (path, mode, k_label(k), outcome)
                 backend.metrics.request_duration_seconds.labels(*labels).observe(time.perf_counter() - start)
+                if sent.first_event is not None:
+                    waited = sent.first_event - start
+                    backend.metrics.time_to_first_token_seconds.labels(mode, k_label(k)).observe(waited)
 
-    async def _complete(
-        self, backend: Backend, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
-    ) -> Answer:
+    async def _answer(
+        self, backend: Backend, path: str, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
+    ) -> Answer | EventStream:
         try:
-            return await backend.complete(body, options, scope)
+            return await backend.answer(path, body, options, scope)
         except ServeError as error:
             if error.status >= 500:
                 logger.warning("An uncertainty request failed: %s", error.message)
@@ -129,15 +162,21 @@ class _Disconnected(Exception):
 
 
 class _Sent:
-    """Remembers the status that was sent."""
+    """Remembers the status that was sent, and when the first event of a stream was."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._streaming = False
         self.status: int | None = None
+        self.first_event: float | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            kind = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
+            self._streaming = kind.startswith(b"text/event-stream")
+        elif self._streaming and self.first_event is None and message.get("body"):
+            self.first_event = time.perf_counter()
         await self._send(message)
 
 
@@ -201,20 +240,45 @@ def _uncertainty(scope: Scope, raw: bytes) -> tuple[dict[str, Any], UncertaintyO
                 f"the query parameter uncertainty must be true or false, got {query[-1]!r}", param="uncertainty"
             )
         asked = query[-1].lower() in ("true", "1")
-    if not asked and b"uncertainty" not in raw and b"\\u" not in raw:
+    score = scope["path"] == SCORE_PATH
+    if not score and not asked and b"uncertainty" not in raw and b"\\u" not in raw:
         return {}, None
     try:
         body = json.loads(raw)
     except ValueError:
+        if score:
+            raise BadRequest("the body is not valid JSON", param=None) from None
         return {}, None  # vLLM's own answer to a body that is not JSON
     if not isinstance(body, dict):
+        if score:
+            raise BadRequest("the body must be a JSON object", param=None)
         return {}, None
     if "uncertainty" in body:
         asked = body.pop("uncertainty")
-    return body, UncertaintyOptions.parse(asked)
+    return body, _score_options(asked) if score else UncertaintyOptions.parse(asked)
 
 
-async def _unless_disconnected(work: Awaitable[Answer], receive: Receive) -> Answer:
+def _score_options(asked: object) -> UncertaintyOptions:
+    """Options of the score route, whose only mode is ``score``."""
+    if asked is None or asked is True:
+        asked = {}
+    if isinstance(asked, dict):
+        if asked.get("mode", "score") != "score":
+            raise BadRequest(
+                f"{SCORE_PATH} has one mode, 'score'; got uncertainty.mode {asked['mode']!r:.80}",
+                param="uncertainty.mode",
+            )
+        asked = {**asked, "mode": "score"}
+    options = UncertaintyOptions.parse(asked)
+    if options is None:
+        raise BadRequest(
+            f"{SCORE_PATH} always answers with uncertainty; leave uncertainty out or give its options",
+            param="uncertainty",
+        )
+    return options
+
+
+async def _unless_disconnected(work: Awaitable[T], receive: Receive) -> T:
     """Awaits ``work``; cancels it when the client goes away."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_for_disconnect(receive))
@@ -239,6 +303,14 @@ async def _refuse(error: ServeError, backend: Backend, sent: _Sent) -> None:
     backend.metrics.rejections.labels(error.reason).inc()
     if sent.status is None:
         await _send_json(sent, error.status, error.body(), error.headers())
+
+
+async def _send_events(send: Send, events: AsyncIterator[bytes]) -> None:
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async for event in events:
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _send_json(send: Send, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:

@@ -49,6 +49,24 @@ class Metrics:
         for k in K_VALUES:
             mode = "ensemble" if k else "mean"
             self.request_duration_seconds.labels("/v1/completions", mode, str(k), "ok")
+        self.time_to_first_token_seconds = Histogram(
+            "credence_time_to_first_token_seconds",
+            "Time from a streaming request's arrival to the first event of its answer, by number of posterior samples.",
+            ["mode", "k"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.gang_wait_seconds = Histogram(
+            "credence_gang_wait_seconds",
+            "Time that the complete group of an ensemble's members waited in the scheduler for its first common step, by its size.",
+            ["k"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        for k in K_VALUES:
+            self.time_to_first_token_seconds.labels("ensemble" if k else "mean", str(k))
+            if k > 1:
+                self.gang_wait_seconds.labels(str(k))
         self.inflight_requests = Gauge(
             "credence_inflight_requests", "Uncertainty requests being served.", registry=registry
         )

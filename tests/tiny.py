@@ -24,6 +24,11 @@ VOCABULARY = 128
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 96, 160, 2, 4, 2, 32
 RANK, ALPHA = 16, 24
 WORDS = [f"w{number}" for number in range(VOCABULARY - 3)]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] == 'user' and 'w1' or 'w2' }} {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}w2 {% endif %}"
+)
+"""``w1`` opens what the user says, ``w2`` what the assistant says."""
 SHAPES = {
     "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
     "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
@@ -63,7 +68,12 @@ def make_model(path: Path, seed: int = 11) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.Sequence([decoders.Replace("w", " w"), decoders.Fuse()])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(path)
     return path
 

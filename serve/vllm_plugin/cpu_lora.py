@@ -19,6 +19,9 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from credence.serve.vllm_plugin import cpu_fixes
 
+FEW_ROWS = 4
+"""Up to so many rows of an adapter, converting bfloat16 to float32 is cheaper than the setup of a bfloat16 product."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowGroup:
@@ -72,40 +75,72 @@ def group_rows(slots_T: Tensor) -> list[RowGroup]:
     return groups
 
 
-def add_product(y: Tensor, x: Tensor, factors: Sequence[Tensor], scale: float, groups: Sequence[RowGroup]) -> None:
-    """Adds scale * x F_1^T F_2^T .. of each row's own adapter to y, in place; rows without an adapter are not touched.
+def add_products(
+    y: Tensor, x: Tensor, products: Sequence[tuple[int, Sequence[Tensor]]], scale: float, groups: Sequence[RowGroup]
+) -> None:
+    """Adds scale * x F_1^T F_2^T .. of each row's own adapter to columns of y, in place; rows without an adapter are not touched.
 
-    Intermediate results are rounded to the type of y, as in vLLM's path; the dot products inside accumulate in float32.
+    Dot products accumulate in float32. Between the factors, results are rounded to the type of y, as in vLLM's path, but not
+    where an adapter has few rows: those are computed in float32 altogether.
 
     Args:
         y: [T, n_out].
         x: [T, n_in].
-        factors: matrices [S, 1, n, m] or [S, n, m] of all slots, applied in order.
+        products: first column, and matrices [S, 1, n, m] or [S, n, m] of all slots, applied in order.
         groups: ``group_rows`` of the T rows.
     """
     for group in groups:
-        part = x[group.span] if group.span is not None else x.index_select(0, group.rows)
-        part = part.view(-1, group.num_rows, x.shape[-1])
-        for factor in factors:
-            matrix = factor.squeeze(1) if factor.ndim == 4 else factor
-            matrix = matrix[group.slots].transpose(1, 2)
-            if part.dtype == matrix.dtype == y.dtype:
-                part = torch.bmm(part, matrix)
+        rows = x[group.span] if group.span is not None else x.index_select(0, group.rows)
+        if x.dtype != torch.float32 and (group.num_rows <= FEW_ROWS or x.dtype != y.dtype):
+            rows = rows.float()
+        rows = rows.view(-1, group.num_rows, x.shape[1])
+        for start, factors in products:
+            part = rows
+            for factor in factors[:-1]:
+                part = _times_transposed(part, _of_group(factor, group, part.dtype))
+            # vLLM pads the vocabulary of base and adapter differently.
+            last = _of_group(factors[-1], group, part.dtype)[:, : y.shape[1] - start]
+            end = start + last.shape[1]
+            if group.span is not None and part.dtype == y.dtype:
+                target = y[group.span, start:end].view(-1, group.num_rows, last.shape[1])
+                target.baddbmm_(part, last.transpose(1, 2), alpha=scale)
+                continue
+            delta = _times_transposed(part, last).reshape(-1, last.shape[1])
+            if scale != 1.0:
+                delta = delta * scale
+            if group.span is not None:
+                y[group.span, start:end] += delta.to(y.dtype)
             else:
-                part = torch.bmm(part.float(), matrix.float()).to(y.dtype)
-        if scale != 1.0:
-            part = part * scale
-        delta = part.reshape(-1, part.shape[-1])
-        # vLLM pads the vocabulary of base and adapter differently.
-        width = min(delta.shape[1], y.shape[1])
-        if group.span is not None:
-            y[group.span, :width] += delta[:, :width]
-        else:
-            y[:, :width].index_add_(0, group.rows, delta[:, :width])
+                y[:, start:end].index_add_(0, group.rows, delta.to(y.dtype))
+
+
+def lay_out_for_expansion(factor: Tensor) -> Tensor:
+    """Turns the memory of B [.., n_out, r], in place, so that neighbours along n_out are neighbours in memory; returns it.
+
+    Shape and values stay, so whoever fills the slots notices nothing, and the product with r numbers runs along n_out instead of
+    gathering r at a time (float32, 32 adapters of rank 8: 1.6 times faster).
+    """
+    if factor.stride(-1) == 1 and factor.shape[-1] > 1 and factor.shape[-2] > 1:
+        # A tensor made in inference mode, where the first step runs, could not be filled with the next adapter outside it.
+        with torch.inference_mode(False):
+            factor.data = factor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return factor
+
+
+def _of_group(factor: Tensor, group: RowGroup, dtype: torch.dtype) -> Tensor:
+    """The group's matrices, [G, n, m]."""
+    return (factor[group.slots, 0] if factor.ndim == 4 else factor[group.slots]).to(dtype)
+
+
+def _times_transposed(x_GCm: Tensor, matrix_Gnm: Tensor) -> Tensor:
+    """x F^T, [G, C, n], in the order of operands that suits the matrix's layout."""
+    if matrix_Gnm.stride(2) == 1:
+        return torch.bmm(matrix_Gnm, x_GCm.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(x_GCm, matrix_Gnm.transpose(1, 2))
 
 
 class GroupedPunicaWrapper(PunicaWrapperCPU):
-    """vLLM's CPU LoRA layer interface on top of ``add_product``."""
+    """vLLM's CPU LoRA layer interface on top of ``add_products``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -139,10 +174,11 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     ) -> None:
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         groups = self._token_groups(x.shape[0])
-        start = 0
+        products, start = [], 0
         for lora_a, lora_b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            add_product(y[:, start : start + size], x, (lora_a, lora_b), scale, groups)
+            products.append((start, (lora_a, lay_out_for_expansion(lora_b))))
             start += size
+        add_products(y, x, products, scale, groups)
 
     def add_shrink(
         self,
@@ -157,7 +193,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         for position, lora_a in enumerate(lora_a_stacked):
             part = y[position].view(-1, y[position].shape[-1])
             part.zero_()
-            add_product(part, x, (lora_a,), scale, groups)
+            add_products(part, x, [(0, (lora_a,))], scale, groups)
 
     def add_expand(
         self,
@@ -176,7 +212,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
             part = y[:, start : start + size]
             if not add_inputs:
                 part.zero_()
-            add_product(part, x[position], (lora_b,), 1.0, groups)
+            add_products(part, x[position], [(0, (lay_out_for_expansion(lora_b),))], 1.0, groups)
             start += size
 
     def add_lora_embedding(
@@ -184,7 +220,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     ) -> None:
         if not add_inputs:
             y.zero_()
-        add_product(y, x, (lora_b_stacked,), 1.0, self._token_groups(x.shape[0]))
+        add_products(y, x, [(0, (lora_b_stacked,))], 1.0, self._token_groups(x.shape[0]))
 
     def add_lora_logits(
         self,
@@ -202,7 +238,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
             groups = group_rows(self.sampler_indices[self._prompt_request].expand(x.shape[0]))
         else:
             groups = self._cached_groups("sampler", self.sampler_indices, x.shape[0])
-        add_product(y, x, (lora_a_stacked, lora_b_stacked), scale, groups)
+        add_products(y, x, [(0, (lora_a_stacked, lora_b_stacked))], scale, groups)
 
     def _token_groups(self, num_rows: int) -> list[RowGroup]:
         return self._cached_groups("token", self.token_lora_indices, num_rows)

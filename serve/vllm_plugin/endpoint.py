@@ -9,56 +9,52 @@ import copy
 import itertools
 import json
 import logging
+import secrets
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import State
 from vllm import envs
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMError
 from vllm.lora.request import LoRARequest
-from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from credence.adapters import load_artifact
 from credence.serve.config import ServeConfig, from_environment
 from credence.serve.engine import EngineLimits
-from credence.serve.ensemble import EnsembleService, ServedAdapter, describe
+from credence.serve.ensemble import EnsembleService, Plan, ServedAdapter
 from credence.serve.errors import BadRequest, ConfigurationError, NotFound, ServeError, Unavailable
-from credence.serve.gate import Answer, Gate, Scope
+from credence.serve.gate import SCORE_PATH, Answer, EventStream, Gate, Scope
 from credence.serve.metrics import Metrics
-from credence.serve.schemas import UncertaintyOptions
-from credence.serve.vllm_plugin.engine_client import CURRENT_GANG, EnsembleClient, VllmSampleEngine
+from credence.serve.schemas import Uncertainty, UncertaintyOptions
+from credence.serve.vllm_plugin.engine_client import CURRENT_RUN, EnsembleClient, GangRunner, VllmSampleEngine
+from credence.serve.vllm_plugin.modes import LABELS_AT_ONCE, Run
 from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler, gang_scheduler
+from credence.serve.vllm_plugin.stream import AnswerStream
+from credence.serve.vllm_plugin.text import continuation
 
 logger = logging.getLogger(__name__)
 
-# Fields that would change what the average means or that the ensemble does not carry yet, with their harmless values.
+RequestT = TypeVar("RequestT", bound=BaseModel)
+
+# Fields that would change what the average means or that an ensemble cannot carry, with their harmless values.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "stream": (False, None),
-    "n": (1,),
-    "echo": (False, None),
-    "logprobs": (None,),
     "prompt_logprobs": (None,),
     "logprob_token_ids": (None, []),
     "use_beam_search": (False,),
-    "logit_bias": (None, {}),
-    "allowed_token_ids": (None,),
-    "bad_words": ([],),
-    "min_tokens": (0,),
-    "response_format": (None,),
-    "structured_outputs": (None,),
-    "suffix": (None, ""),
     "prompt_embeds": (None,),
     "kv_transfer_params": (None,),
     "ec_transfer_params": (None,),
@@ -160,27 +156,33 @@ class VllmBackend:
         self.engine_client = engine_client
         self._service = service
         self._models = state.openai_serving_models
-        # The copy shares everything with vLLM's handler but the engine client.
-        self._handler = copy.copy(state.openai_serving_completion)
-        self._handler.engine_client = EnsembleClient(engine_client, service)
-        self._tokenizer = self._handler.renderer.tokenizer
+        # The copies share everything with vLLM's handlers but the engine client.
+        self._completions = copy.copy(state.openai_serving_completion)
+        self._chat = copy.copy(state.openai_serving_chat)
+        self._completions.engine_client = self._chat.engine_client = EnsembleClient(engine_client)
+        self._tokenizer = self._completions.renderer.tokenizer
+        self._max_logprobs = int(self._completions.model_config.max_logprobs)
 
     @classmethod
     async def create(
         cls, engine_client: EngineClient, state: State, args: Namespace, config: ServeConfig
     ) -> "VllmBackend":
         """Loads every adapter's mean and resident samples; raises ConfigurationError if one does not load."""
+        served = state.openai_serving_models
         for name in config.adapters:
-            if name in state.openai_serving_models.lora_requests or state.openai_serving_models.registry.is_base_model(
-                name
-            ):
-                raise ConfigurationError(f"--adapter {name}: the server already has a model of this name")
+            if name in served.lora_requests or served.registry.is_base_model(name) != config.merged:
+                raise ConfigurationError(
+                    f"the merged model must be served under its adapter's name {name}; leave --served-model-name out"
+                    if config.merged
+                    else f"--adapter {name}: the server already has a model of this name"
+                )
         adapters = {
-            name: ServedAdapter(name=name, artifact=load_artifact(Path(path))) for name, path in config.adapters.items()
+            name: ServedAdapter(name=name, artifact=load_artifact(Path(path)), merged=config.merged)
+            for name, path in config.adapters.items()
         }
         metrics = Metrics(REGISTRY, [(a.name, a.artifact.config.method, a.artifact.digest) for a in adapters.values()])
         lora_ids = itertools.count(1_000_001)  # vLLM counts its own adapters from 1
-        for adapter in adapters.values():
+        for adapter in adapters.values() if not config.merged else ():
             start = time.perf_counter()
             request = LoRARequest(
                 lora_name=adapter.name, lora_int_id=next(lora_ids), lora_path=str(adapter.artifact.path)
@@ -190,7 +192,7 @@ class VllmBackend:
             except Exception as error:
                 metrics.adapter_loads.labels("refused").inc()
                 raise ConfigurationError(f"adapter {adapter.name} does not load into this model: {error}") from error
-            state.openai_serving_models.lora_requests[adapter.name] = request
+            served.lora_requests[adapter.name] = request
             metrics.adapter_loads.labels("ok").inc()
             metrics.adapter_load_seconds.observe(time.perf_counter() - start)
         vllm_config = engine_client.vllm_config
@@ -219,10 +221,16 @@ class VllmBackend:
             ConfigurationError: an answer did not come out whole, e.g. because vLLM did not load the logits processor.
         """
         for name in self._service.adapters:
-            body = {"model": name, "prompt": [0], "max_tokens": 1, "temperature": 0.0, "add_special_tokens": False}
+            body = {"model": name, "prompt": [0, 0], "max_tokens": 1, "temperature": 0.0, "add_special_tokens": False}
             scope = {"type": "http", "headers": [], "state": {}}
             try:
-                await self.complete(body, UncertaintyOptions(), scope)
+                await self.answer("/v1/completions", body, UncertaintyOptions(), scope)
+                await self.answer(
+                    SCORE_PATH,
+                    {"model": name, "prompt": [0], "completion": [0]},
+                    UncertaintyOptions(mode="score"),
+                    scope,
+                )
             except ServeError as error:
                 raise ConfigurationError(f"the engine does not answer for adapter {name}: {error.message}") from error
 
@@ -253,52 +261,120 @@ class VllmBackend:
             "max_n_samples": self._service.max_samples(adapter),
         }
 
-    async def complete(self, body: dict[str, Any], options: UncertaintyOptions, scope: Scope) -> Answer:
-        """Answers one /v1/completions request with uncertainty."""
+    async def answer(
+        self, path: str, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
+    ) -> Answer | EventStream:
+        """Answers a request with uncertainty."""
         if self.engine_client.errored:
             raise self.engine_client.dead_error
-        request = _parse(body)
-        if await self._handler._check_model(request) is not None:
-            known = ", ".join(sorted(self._service.adapters))
-            raise NotFound(f"model {request.model!r} does not exist; adapters with a posterior: {known}", param="model")
-        plan = self._service.plan(request.model, options)
-        wants_token_ids = request.return_token_ids
-        request.return_token_ids = True
-        async with self._service.gang(plan) as gang:
+        if path == SCORE_PATH:
+            return await self._score(body, options)
+        chat = path != "/v1/completions"
+        handler = self._chat if chat else self._completions
+        create = handler.create_chat_completion if chat else handler.create_completion
+        request = _parse(ChatCompletionRequest if chat else CompletionRequest, body)
+        plan = await self._plan(request, options)
+        async with AsyncExitStack() as stack:
+            run = await self._run(stack, plan, _num_sequences(request, options))
             if request.seed is not None:
-                gang.token_seed = request.seed % 2**63
-            context = CURRENT_GANG.set(gang)
+                run.ensemble.token_seed = request.seed % 2**63
+            context = CURRENT_RUN.set(run)
             try:
-                response = await self._handler.create_completion(request, Request(dict(scope)))
+                response = await create(request, Request(dict(scope)))
             finally:
-                CURRENT_GANG.reset(context)
+                CURRENT_RUN.reset(context)
             if isinstance(response, ErrorResponse):
                 raise _from_envelope(response)
-            assert isinstance(response, CompletionResponse)
-            choice = response.choices[0]
-            token_ids = list(choice.token_ids or ())
-            texts = token_texts(self._tokenizer, list(choice.prompt_token_ids or ()), token_ids)
-            uncertainty = describe(gang, token_ids, texts)
-            num_samples = gang.num_samples
+            if isinstance(response, AsyncGenerator):
+                return AnswerStream(
+                    events=response, run=run, model=plan.adapter.name, stack=stack.pop_all(), backend=self
+                )
+            document: dict[str, Any] = response.model_dump()
+            for choice in document["choices"]:
+                uncertainty = run.uncertainty[choice["index"]]
+                self.observe(plan, uncertainty)
+                choice["uncertainty"] = uncertainty.to_json()
+            document["model"] = plan.adapter.name
+            document["usage"]["uncertainty_details"] = run.usage()
+            return Answer(body=document, num_samples=run.num_samples)
+
+    async def _score(self, body: dict[str, Any], options: UncertaintyOptions) -> Answer:
+        """Answers /v1/uncertainty/score: the uncertainty of a text that the caller already has."""
+        given = _parse(ScoreRequest, body)
+        if given.messages is not None:
+            fields = {"model": given.model, "messages": given.messages[:-1]}
+            request = _parse(ChatCompletionRequest, fields)
+            plan = await self._plan(request, options)
+            rendered = await self._chat.render_chat_request(request)
+            inputs = rendered if isinstance(rendered, ErrorResponse) else rendered[1]
+            text: str | list[int] = given.messages[-1]["content"]
+        else:
+            request = _parse(CompletionRequest, {"model": given.model, "prompt": given.prompt, "max_tokens": 1})
+            plan = await self._plan(request, options)
+            inputs = await self._completions.render_completion_request(request)
+            assert given.completion is not None
+            text = given.completion
+        if isinstance(inputs, ErrorResponse):
+            raise _from_envelope(inputs)
+        prompt_ids = list(inputs[0]["prompt_token_ids"])
+        token_ids = continuation(self._tokenizer, prompt_ids, text) if isinstance(text, str) else text
+        self._check_scored(prompt_ids, token_ids)
+        identity = f"score-{secrets.token_hex(16)}"
+        async with AsyncExitStack() as stack:
+            run = await self._run(stack, plan, 1)
+            await run.score(prompt_ids, token_ids, identity, {})
+            uncertainty = run.uncertainty[0]
+            self.observe(plan, uncertainty)
+            usage = {
+                "prompt_tokens": len(prompt_ids),
+                "completion_tokens": len(token_ids),
+                "total_tokens": len(prompt_ids) + len(token_ids),
+                "uncertainty_details": run.usage(),
+            }
+            document = {
+                "id": identity,
+                "object": "uncertainty.score",
+                "created": int(time.time()),
+                "model": plan.adapter.name,
+                "usage": usage,
+                "uncertainty": uncertainty.to_json(),
+            }
+            return Answer(body=document, num_samples=run.num_samples)
+
+    def _check_scored(self, prompt_ids: list[int], token_ids: list[int]) -> None:
+        most, vocabulary = self._completions.model_config.max_model_len, self._completions.model_config.get_vocab_size()
+        if not token_ids:
+            raise BadRequest("the completion has no token to score", param="completion")
+        if max(token_ids) >= vocabulary:
+            raise BadRequest(
+                f"completion has a token id of {vocabulary} or more, the vocabulary's size", param="completion"
+            )
+        if len(prompt_ids) + len(token_ids) > most:
+            raise BadRequest(
+                f"prompt and completion have {len(prompt_ids)} + {len(token_ids)} tokens, the model reads {most}",
+                param="completion",
+            )
+
+    async def _plan(self, request: Any, options: UncertaintyOptions) -> Plan:
+        if await self._completions._check_model(request) is not None:
+            known = ", ".join(sorted(self._service.adapters))
+            raise NotFound(f"model {request.model!r} does not exist; adapters with a posterior: {known}", param="model")
+        return self._service.plan(request.model, options)
+
+    async def _run(self, stack: AsyncExitStack, plan: Plan, sequences: int) -> Run:
+        ensemble = await stack.enter_async_context(self._service.ensemble(plan, sequences=sequences))
+        runner = GangRunner(self.engine_client, ensemble)
+        return Run(ensemble=ensemble, runner=runner, tokenizer=self._tokenizer, max_logprobs=self._max_logprobs)
+
+    def observe(self, plan: Plan, uncertainty: Uncertainty) -> None:
+        """Counts an answer in the metrics of its adapter."""
         name = plan.adapter.name
-        if uncertainty.confidence is not None and uncertainty.epistemic is not None:
+        if uncertainty.confidence is not None:
             self.metrics.confidence.labels(name).observe(uncertainty.confidence)
+        if uncertainty.epistemic is not None and uncertainty.unit == "nats/token":
             self.metrics.epistemic_nats.labels(name).observe(uncertainty.epistemic)
         if uncertainty.flag != "ok":
             self.metrics.flagged.labels(name).inc()
-        document = response.model_dump()
-        document["choices"][0]["uncertainty"] = uncertainty.to_json()
-        if not wants_token_ids:
-            document["choices"][0]["token_ids"] = None
-            document["choices"][0]["prompt_token_ids"] = None
-        document["model"] = name
-        usage = document["usage"]
-        usage["uncertainty_details"] = {
-            "n_samples": num_samples,
-            "sample_prompt_tokens": num_samples * usage["prompt_tokens"],
-            "sample_completion_tokens": num_samples * usage["completion_tokens"],
-        }
-        return Answer(body=document, num_samples=plan.num_samples)
 
     def error_of(self, error: Exception) -> ServeError:
         """vLLM's own translation of its exceptions, in our error class."""
@@ -309,9 +385,34 @@ class VllmBackend:
         return ServeError("internal error while serving an uncertainty request; the server's log has the details")
 
 
-def _parse(body: dict[str, Any]) -> CompletionRequest:
+class ScoreRequest(BaseModel):
+    """Body of /v1/uncertainty/score: a prompt and its completion, or a conversation whose last message is the assistant's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    prompt: str | list[Annotated[int, Field(ge=0)]] | None = None
+    completion: str | list[Annotated[int, Field(ge=0)]] | None = None
+    messages: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "ScoreRequest":
+        pair = self.prompt is not None and self.completion is not None
+        if pair == (self.messages is not None) or (self.messages is not None and (self.prompt or self.completion)):
+            raise ValueError("give either prompt and completion, or messages")
+        if self.messages is not None:
+            last = self.messages[-1] if len(self.messages) > 1 else {}
+            if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+                raise ValueError(
+                    "messages must be a conversation of at least two, the last one from the assistant with a text as content"
+                )
+        return self
+
+
+def _parse(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
+    """Validates a body by vLLM's own rules (or ours) and refuses what an ensemble does not carry; raises BadRequest."""
     try:
-        request = CompletionRequest.model_validate(body)
+        request = kind.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
@@ -323,13 +424,23 @@ def _parse(body: dict[str, Any]) -> CompletionRequest:
                 f"{field} = {json.dumps(value, default=str)[:80]} cannot be combined with uncertainty; leave it out",
                 param=field,
             )
-    if isinstance(request.prompt, list) and request.prompt and not isinstance(request.prompt[0], int):
-        raise BadRequest(
-            "a list of prompts cannot be combined with uncertainty; send one request per prompt", param="prompt"
-        )
-    if request.max_tokens is not None and request.max_tokens < 1:
-        raise BadRequest(f"max_tokens must be 1 or more with uncertainty, got {request.max_tokens}", param="max_tokens")
+    if getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None:
+        raise BadRequest("echo with logprobs cannot be combined with uncertainty; leave one out", param="echo")
+    for field in ("max_tokens", "max_completion_tokens"):
+        value = getattr(request, field, None)
+        if value is not None and value < 1:
+            raise BadRequest(f"{field} must be 1 or more with uncertainty, got {value}", param=field)
     return request
+
+
+def _num_sequences(request: Any, options: UncertaintyOptions) -> int:
+    """How many gangs of all samples a request may run at once."""
+    if options.mode == "choices":
+        return min(len(options.choices or ()), LABELS_AT_ONCE)
+    prompt = getattr(request, "prompt", None)
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return len(prompt) * (request.n or 1)
+    return request.n or 1
 
 
 def _from_envelope(response: ErrorResponse) -> ServeError:
@@ -338,19 +449,6 @@ def _from_envelope(response: ErrorResponse) -> ServeError:
     if error.status < 500:
         error.reason = "bad_request"
     return error
-
-
-def token_texts(tokenizer: Any, prompt_ids: list[int], token_ids: list[int]) -> list[str]:
-    """The text each token adds, decoded after the few tokens before it, so that leading spaces and split characters come out right."""
-    context = 8
-    ids = prompt_ids[-context:] + token_ids
-    texts = []
-    for end in range(len(ids) - len(token_ids), len(ids)):
-        start = max(0, end - context)
-        before, after = tokenizer.decode(ids[start:end]), tokenizer.decode(ids[start : end + 1])
-        whole = after.startswith(before) and not after.endswith("\ufffd")
-        texts.append(after[len(before) :] if whole else convert_ids_list_to_tokens(tokenizer, [ids[end]])[0])
-    return texts
 
 
 def watch_shutdown(engine_client: EngineClient, backend: VllmBackend) -> None:

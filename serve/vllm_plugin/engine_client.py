@@ -1,17 +1,19 @@
-"""An engine client that runs one request as the K members of a gang.
+"""Runs gangs on vLLM's engine client: one member request per posterior sample, one output stream.
 
-vLLM's serving classes call ``engine_client.generate``. A shallow copy of the completion handler gets this client instead of vLLM's own,
-so rendering, tokenising, stop strings and the shape of the answer stay vLLM's. Which gang a call belongs to travels in a context
-variable that is read when ``generate`` is called, inside the request's own task.
+vLLM's serving classes call ``engine_client.generate``. Shallow copies of its completion and chat handlers get :class:`EnsembleClient`
+instead of vLLM's own client, so rendering, tokenising, stop strings, streaming and the shape of the answer stay vLLM's. Which request a
+call belongs to travels in a context variable that is read when ``generate`` is called, inside the request's own task.
 """
 
 import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 from vllm.engine.protocol import EngineClient
+from vllm.inputs.engine import tokens_input
+from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -19,11 +21,38 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from credence.serve.config import TOKEN_VARIABLE
 from credence.serve.engine import SampleLoadError
-from credence.serve.ensemble import EnsembleService, Gang
+from credence.serve.ensemble import Ensemble, Gang
 from credence.serve.errors import EnsembleFailed
 from credence.serve.samples import Slot
 
-CURRENT_GANG: ContextVar[Gang] = ContextVar("credence_gang")
+
+class Run(Protocol):
+    """Answers one uncertainty request; see credence.serve.vllm_plugin.modes."""
+
+    def generate(
+        self, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answers one prompt of the request."""
+        ...
+
+
+CURRENT_RUN: ContextVar[Run] = ContextVar("credence_run")
+
+
+class EnsembleClient:
+    """vLLM's engine client with ``generate`` replaced; everything else is passed through."""
+
+    def __init__(self, inner: EngineClient) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answers ``prompt`` in the current request's mode; arguments as vLLM's ``generate``."""
+        return CURRENT_RUN.get().generate(prompt, sampling_params, request_id, options)
 
 
 class VllmSampleEngine:
@@ -53,86 +82,148 @@ def lora_request_of(slot: Slot) -> LoRARequest:
     return LoRARequest(lora_name=slot.name, lora_int_id=slot.lora_id, lora_path=slot.ref.to_path())
 
 
-class EnsembleClient:
-    """vLLM's engine client with ``generate`` replaced; everything else is passed through."""
+class GangRunner:
+    """Runs the gangs of one request; at the end of the request, none of their members is left in the engine.
 
-    def __init__(self, inner: EngineClient, service: EnsembleService) -> None:
-        self._inner = inner
-        self._service = service
+    Args:
+        options: what vLLM's handler passes to ``generate`` beside the prompt (priority, trace headers, ...), without ``lora_request``.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    def __init__(self, client: EngineClient, ensemble: Ensemble) -> None:
+        self.client = client
+        self._ensemble = ensemble
 
-    def generate(
-        self, prompt: Any, sampling_params: SamplingParams, request_id: str, *, lora_request: Any = None, **kwargs: Any
+    async def score(self, gang: Gang, request_id: str, options: dict[str, Any]) -> None:
+        """Runs a scoring gang to its end; raises what its members raise."""
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        prompt = tokens_input(gang.prompt_token_ids)
+        async for _ in self.stream(gang, prompt, params, request_id, options):
+            pass
+
+    async def stream(
+        self, gang: Gang, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Runs the current gang on ``prompt`` and yields its leader's final output; arguments as vLLM's ``generate``."""
-        return self._run(CURRENT_GANG.get(), prompt, sampling_params, request_id, kwargs)
+        """Yields the leader's outputs, with the log-probabilities of the average where ``params`` asks for them.
 
-    async def _run(
-        self, gang: Gang, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
-    ) -> AsyncGenerator[RequestOutput, None]:
-        max_tokens = params.max_tokens or 1
-        self._service.check_fits(gang, len(prompt.get("prompt_token_ids", ())), max_tokens)
-        stats_path = self._service.open_stats(gang, max_tokens)
+        Raises:
+            EnsembleFailed: the engine ended a member before the answer was complete.
+        """
         ids = [f"{request_id}-{gang.gang_id}-{member}" for member in range(gang.num_samples)]
-        members = [
-            asyncio.ensure_future(
-                _last(
-                    self._inner.generate(
-                        prompt,
-                        member_params(gang, params, member, stats_path),
-                        ids[member],
-                        lora_request=lora_request_of(slot),
-                        **kwargs,
-                    )
-                )
+        outputs = [
+            self.client.generate(
+                prompt, member_params(gang, params, member), ids[member], lora_request=lora_request_of(slot), **options
             )
             for member, slot in enumerate(gang.slots)
         ]
+        leader = aiter(outputs[0])
+        followers = [asyncio.ensure_future(_last(output)) for output in outputs[1:]]
+        # One future for all followers: waiting for each of them at every token would cost K callbacks a token.
+        together = asyncio.gather(*followers)
+        following: asyncio.Future[RequestOutput | None] = asyncio.ensure_future(_next(leader))
+        finished = False
         try:
-            yield await _leader(members)
+            while not finished:
+                waiting: set[asyncio.Future[Any]] = {following} if together.done() else {following, together}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if together.done():
+                    together.result()
+                if not following.done():
+                    continue
+                output = following.result()
+                if output is None:
+                    raise EnsembleFailed("the engine ended a member without an output")
+                finished = output.finished
+                _take(gang, output, params)
+                if not finished:
+                    following = asyncio.ensure_future(_next(leader))
+                yield output
+            self._ensemble.finished(gang)
         finally:
-            await asyncio.shield(self._end(ids, members))
+            tasks = [following, *followers]
+            await asyncio.shield(self._end(ids, tasks, together))
 
-    async def _end(self, ids: list[str], members: Sequence["asyncio.Future[RequestOutput]"]) -> None:
+    async def _end(
+        self, ids: list[str], tasks: Sequence["asyncio.Future[RequestOutput | None]"], together: "asyncio.Future[Any]"
+    ) -> None:
         """Ends the members that still run: one message for all of them, then wait until none is left."""
-        running = [request_id for request_id, member in zip(ids, members, strict=True) if not member.done()]
+        running = [request_id for request_id, task in zip(ids, tasks, strict=True) if not task.done()]
         if running:
-            await _quietly(self._inner.abort(running))
-        for member in members:
-            member.cancel()
-        await asyncio.gather(*members, return_exceptions=True)
+            await _quietly(self.client.abort(running))
+        together.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, together, return_exceptions=True)
 
 
-def member_params(gang: Gang, params: SamplingParams, member: int, stats_path: str) -> SamplingParams:
+def member_params(gang: Gang, params: SamplingParams, member: int) -> SamplingParams:
     """Sampling parameters of one member.
 
     The logits processor chooses the gang's token, so members need no seed (vLLM's per-request generators also crash on CPU with chunked
-    prompts). Only the leader looks for stop strings and makes text; the followers are ended with it.
+    prompts). Only the leader looks for stop strings, makes text and carries constraints (logit bias, allowed and forbidden tokens, minimum
+    length, grammar), which act on the average; the followers are ended with it.
     """
     clone = params.clone()
     clone.n = 1
     clone.seed = None
     clone.logprobs = None
     clone.prompt_logprobs = None
-    clone.output_kind = RequestOutputKind.FINAL_ONLY
     clone.extra_args = {
         "credence_gang": gang.gang_id,
         "credence_k": gang.num_samples,
         "credence_member": member,
         "credence_seed": gang.token_seed,
-        "credence_stats": stats_path,
+        "credence_stats": gang.stats.path if gang.stats is not None else "",
         "credence_temperature": gang.temperature,
         "credence_support": list(gang.plan.adapter.support),
         "credence_token": os.environ[TOKEN_VARIABLE],
+        "credence_top": gang.num_top,
+        "credence_targets": [list(target) for target in gang.targets],
     }
     if member > 0:
+        clone.output_kind = RequestOutputKind.FINAL_ONLY
         clone.stop = []
         clone.include_stop_str_in_output = False
         clone.output_text_buffer_length = 0
         clone.detokenize = False
+        clone.min_tokens = 0
+        clone.logit_bias = None
+        clone.allowed_token_ids = None
+        clone.bad_words = None
+        clone._bad_words_token_ids = None
+        clone.structured_outputs = None
     return clone
+
+
+def _take(gang: Gang, output: RequestOutput, params: SamplingParams) -> None:
+    """Notes the leader's new tokens, and gives them the average's log-probabilities if ``params.logprobs`` asks for them."""
+    completion = output.outputs[0]
+    if completion.finish_reason in ("abort", "error"):
+        raise EnsembleFailed(
+            f"the engine ended the ensemble before its answer was complete (finish reason {completion.finish_reason})"
+        )
+    start = len(gang.token_ids) if params.output_kind == RequestOutputKind.DELTA else 0
+    gang.token_ids[start:] = completion.token_ids
+    if params.logprobs is None:
+        return
+    table = gang.table(start)
+    completion.logprobs = [
+        {
+            int(token): Logprob(logprob=float(value))
+            # The chosen token first, as vLLM has it; once more in the list of the most likely, it stays where it is.
+            for token, value in [
+                (table.token_id[step], table.log_prob[step]),
+                *zip(table.top_tokens[step], table.top_log_probs[step], strict=True),
+            ]
+        }
+        for step in range(len(table))
+    ]
+    completion.cumulative_logprob = float(gang.table().log_prob.sum())
+
+
+async def _next(outputs: AsyncIterator[RequestOutput]) -> RequestOutput | None:
+    return await anext(outputs, None)
 
 
 async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
@@ -142,20 +233,6 @@ async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
     if last is None:
         raise EnsembleFailed("the engine ended a member without an output")
     return last
-
-
-async def _leader(members: Sequence["asyncio.Future[RequestOutput]"]) -> RequestOutput:
-    """The leader's output, or the first error of any member."""
-    waiting = set(members)
-    while not members[0].done():
-        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for member in done:
-            member.result()
-    output = members[0].result()
-    reason = output.outputs[0].finish_reason
-    if reason in ("abort", "error"):
-        raise EnsembleFailed(f"the engine ended the ensemble before its answer was complete (finish reason {reason})")
-    return output
 
 
 async def _quietly(work: Awaitable[None]) -> None:

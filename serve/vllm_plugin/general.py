@@ -1,19 +1,30 @@
 """Entry point ``vllm.general_plugins``: runs in the API, engine and worker processes before the engine is built."""
 
+import logging
 import os
 
 from vllm.platforms import current_platform
 
-from credence.serve.vllm_plugin import cpu_lora, worker
+from credence.serve.vllm_plugin import cpu_lora, scoring, worker
 
 
 def register() -> None:
-    """Installs the worker's draws, and on CPU the corrected LoRA product. May run several times in a process."""
+    """Installs the worker's draws and scoring, and on CPU the corrected LoRA product. May run several times in a process."""
+    _log_as_vllm_does()
     worker.install()
+    scoring.install()
     if current_platform.is_cpu():
         cpu_lora.install()
         if os.environ.get("CREDENCE_FORK_ENGINE"):
             _fork_engine()
+
+
+def _log_as_vllm_does() -> None:
+    """Sends our log lines where vLLM's go; it configures its own logger alone, and ours would be lost."""
+    ours, theirs = logging.getLogger("credence"), logging.getLogger("vllm")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers, ours.propagate = list(theirs.handlers), False
+        ours.setLevel(theirs.level)
 
 
 def _fork_engine() -> None:

@@ -1,5 +1,6 @@
 """The slow reference: posterior samples as PEFT adapters in transformers, averaged one forward pass at a time."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Reference:
     ) -> list[Step]:
         """Greedy decoding of the average of ``names`` (None: the bare base model), in float64 after the logits.
 
-        By the definitions: p = mean_k p_k, total H[p], aleatoric mean_k H[p_k]. PEFT's mixed batches give each row its own adapter.
+        PEFT's mixed batches give each row its own adapter.
         """
         rows = [name or "__base__" for name in names]
         ids, cache, steps = list(prompt), None, []
@@ -49,12 +50,41 @@ class Reference:
             )
             cache = output.past_key_values
             members = torch.softmax(output.logits[:, -1].double(), -1)
-            average = members.mean(0)
-            token = int(average.argmax())
-            total = float(-(average * average.log()).sum())
-            aleatoric = float(-(members * members.log()).sum(-1).mean())
-            tempered = average ** (1 / temperature)
-            calibrated = float((tempered[token] / tempered.sum()).log())
-            steps.append(Step(token, total, aleatoric, total - aleatoric, float(average[token].log()), calibrated))
+            token = int(members.mean(0).argmax())
+            steps.append(_step(members, token, temperature))
             ids = [token]
         return steps
+
+    @torch.no_grad()
+    def log_probs(self, ids: list[int], names: list[str]) -> torch.Tensor:
+        """[K, T, V] float64 log-probabilities after each of the T tokens under each adapter: one pass over the whole text."""
+        output = self.model(torch.tensor([ids] * len(names)), adapter_names=names)
+        return torch.log_softmax(output.logits.double(), -1)
+
+    def read(self, prompt: list[int], text: list[int], names: list[str]) -> list[Step]:
+        """Teacher forcing: scores of a given text after a prompt."""
+        members = self.log_probs(prompt + text[:-1], names)[:, len(prompt) - 1 :].exp()
+        return [_step(members[:, step], token, 1.0) for step, token in enumerate(text)]
+
+    def choose(
+        self, prompt: list[int], num_tokens: int, names: list[str], choose: Callable[[torch.Tensor, list[int]], int]
+    ) -> list[Step]:
+        """Decoding with a rule of one's own: ``choose(average [V], tokens so far)``."""
+        output: list[int] = []
+        steps = []
+        for _ in range(num_tokens):
+            members = self.log_probs(prompt + output, names)[:, -1].exp()
+            token = choose(members.mean(0), output)
+            steps.append(_step(members, token, 1.0))
+            output.append(token)
+        return steps
+
+
+def _step(members: torch.Tensor, token: int, temperature: float) -> Step:
+    """Scores by the definitions: p = mean_k p_k, total H[p], aleatoric mean_k H[p_k]."""
+    average = members.mean(0)
+    total = float(torch.special.entr(average).sum())
+    aleatoric = float(torch.special.entr(members).sum(-1).mean())
+    tempered = average ** (1 / temperature)
+    calibrated = float((tempered[token] / tempered.sum()).log())
+    return Step(token, total, aleatoric, total - aleatoric, float(average[token].log()), calibrated)

@@ -11,9 +11,10 @@ from prometheus_client import CollectorRegistry
 from credence.adapters import Artifact
 from credence.serve.config import ServeConfig
 from credence.serve.engine import EngineLimits, SampleLoadError
-from credence.serve.ensemble import EnsembleService, Gang, ServedAdapter, describe
+from credence.serve.ensemble import Ensemble, EnsembleService, Gang, ServedAdapter
 from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, Unavailable
 from credence.serve.metrics import Metrics
+from credence.serve.report import describe, token_details
 from credence.serve.samples import Slot
 from credence.serve.schemas import UncertaintyOptions
 from tests.tiny import make_artifact
@@ -129,14 +130,22 @@ def test_a_server_that_could_not_hold_the_largest_ensemble_does_not_start(
         World(adapters, tmp_path, **changes)
 
 
-def test_a_gang_that_could_never_fit_the_cache_is_refused(world: World) -> None:
+def test_a_gang_that_could_never_run_is_refused(adapters: dict[str, Artifact], tmp_path: Path) -> None:
+    world = World(adapters, tmp_path, max_scored_rows=80)
+
     async def scenario() -> None:
-        async with world.service.gang(world.plan(n_samples=8)) as gang:
-            world.service.check_fits(gang, 100, 76)  # 8 (11 + 1) = 96 of 100 blocks
+        async with world.service.ensemble(world.plan(n_samples=8)) as ensemble:
+            ensemble.gang(range(100), max_tokens=76)  # 8 (11 + 1) = 96 of 100 blocks
             with pytest.raises(BadRequest, match="need 104 KV blocks, the server has 100"):
-                world.service.check_fits(gang, 100, 80)
+                ensemble.gang(range(100), max_tokens=80)
+            ensemble.gang(range(50), targets=[(position, 1) for position in range(10)] * 2)
+            with pytest.raises(BadRequest, match="11 tokens under 8 samples makes 88 rows, the server takes 80"):
+                ensemble.gang(range(50), targets=[(position, 1) for position in range(11)])
+            with pytest.raises(BadRequest, match="11 tokens under 8 samples"):
+                ensemble.check_fits(20, 11)
 
     asyncio.run(scenario())
+    assert list(tmp_path.iterdir()) == [], "the statistics files of the gangs that could run are gone"
 
 
 def test_samples_are_drawn_once_and_leases_end(world: World) -> None:
@@ -144,9 +153,9 @@ def test_samples_are_drawn_once_and_leases_end(world: World) -> None:
         await world.service.warm_up()
         assert world.engine.loads == 13, "four samples, and the mean of the adapter without posterior"
         for _ in range(3):
-            async with world.service.gang(world.plan()) as gang:
-                assert [slot.ref.index for slot in gang.slots] == [0, 1, 2, 3]
-                assert {slot.lora_id for slot in gang.slots} <= set(world.engine.held)
+            async with world.service.ensemble(world.plan()) as ensemble:
+                assert [slot.ref.index for slot in ensemble.slots] == [0, 1, 2, 3]
+                assert {slot.lora_id for slot in ensemble.slots} <= set(world.engine.held)
                 assert world.count("credence_sample_slots", state="leased") == 4
         assert world.engine.loads == 13
 
@@ -157,9 +166,9 @@ def test_samples_are_drawn_once_and_leases_end(world: World) -> None:
 
 def test_at_tau_zero_all_members_share_the_mean(world: World) -> None:
     async def scenario() -> None:
-        async with world.service.gang(world.plan(tau=0.0, n_samples=8)) as gang:
-            assert gang.num_samples == 8
-            assert len({slot.lora_id for slot in gang.slots}) == 1
+        async with world.service.ensemble(world.plan(tau=0.0, n_samples=8)) as ensemble:
+            assert len(ensemble.slots) == 8
+            assert len({slot.lora_id for slot in ensemble.slots}) == 1
 
     asyncio.run(scenario())
 
@@ -167,8 +176,8 @@ def test_at_tau_zero_all_members_share_the_mean(world: World) -> None:
 def test_the_engine_never_holds_more_than_the_slots(world: World) -> None:
     async def scenario() -> None:
         for seed in range(10):
-            async with world.service.gang(world.plan(seed=seed, n_samples=8)) as gang:
-                assert {slot.lora_id for slot in gang.slots} <= set(world.engine.held)
+            async with world.service.ensemble(world.plan(seed=seed, n_samples=8)) as ensemble:
+                assert {slot.lora_id for slot in ensemble.slots} <= set(world.engine.held)
                 assert len(world.engine.held) <= world.config.num_slots
 
     asyncio.run(scenario())
@@ -179,13 +188,13 @@ def test_a_broken_sample_fails_the_request_or_degrades_it(world: World) -> None:
 
     async def scenario() -> None:
         with pytest.raises(Unavailable, match="2 of 4 posterior samples could not be drawn, at least 4"):
-            async with world.service.gang(world.plan()):
+            async with world.service.ensemble(world.plan()):
                 pass
-        async with world.service.gang(world.plan(min_samples=2)) as gang:
-            assert [slot.ref.index for slot in gang.slots] == [0, 3]
+        async with world.service.ensemble(world.plan(min_samples=2)) as ensemble:
+            assert [slot.ref.index for slot in ensemble.slots] == [0, 3]
         world.engine.broken = set()
-        async with world.service.gang(world.plan()) as gang:
-            assert gang.num_samples == 4, "a sample that failed is tried again"
+        async with world.service.ensemble(world.plan()) as ensemble:
+            assert len(ensemble.slots) == 4, "a sample that failed is tried again"
 
     asyncio.run(scenario())
     assert world.count("credence_degraded_requests_total", reason="sample_failed") == 1
@@ -196,7 +205,7 @@ def test_a_request_cancelled_while_its_samples_are_drawn_leaves_nothing_half_dra
     world.engine.delay_s = 0.05
 
     async def once() -> None:
-        async with world.service.gang(world.plan()):
+        async with world.service.ensemble(world.plan()):
             pass
 
     async def scenario() -> None:
@@ -205,8 +214,8 @@ def test_a_request_cancelled_while_its_samples_are_drawn_leaves_nothing_half_dra
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         world.engine.delay_s = 0.0
-        async with world.service.gang(world.plan()) as gang:
-            assert {slot.lora_id for slot in gang.slots} <= set(world.engine.held)
+        async with world.service.ensemble(world.plan()) as ensemble:
+            assert {slot.lora_id for slot in ensemble.slots} <= set(world.engine.held)
 
     asyncio.run(scenario())
     assert world.count("credence_inflight_requests") == 0
@@ -214,32 +223,88 @@ def test_a_request_cancelled_while_its_samples_are_drawn_leaves_nothing_half_dra
 
 def test_rows_in_flight_are_bounded(world: World) -> None:
     async def scenario() -> None:
-        async with world.service.gang(world.plan(n_samples=8)), world.service.gang(world.plan(n_samples=8)):
+        async with world.service.ensemble(world.plan(n_samples=4), sequences=4):
             with pytest.raises(Unavailable, match="16 of 20 member rows") as caught:
-                async with world.service.gang(world.plan(n_samples=8)):
+                async with world.service.ensemble(world.plan(n_samples=8)):
                     pass
             assert caught.value.status == 503
             assert caught.value.headers() == {"Retry-After": "1"}
-        async with world.service.gang(world.plan(n_samples=8)):
+        async with world.service.ensemble(world.plan(n_samples=8)):
             pass
+        with pytest.raises(BadRequest, match="8 samples of 3 sequences make 24 rows, the server takes 20"):
+            async with world.service.ensemble(world.plan(n_samples=8), sequences=3):
+                pass
 
     asyncio.run(scenario())
 
 
-def records(gang: Gang, service: EnsembleService, steps: int) -> None:
-    """What the worker would write: token 10 + t with known scores."""
-    service.open_stats(gang, 8)
+def test_an_adaptive_request_draws_in_stages(world: World) -> None:
+    plan = world.plan(n_samples="auto", mode="generate")
+    assert (plan.num_samples, plan.adaptive, plan.tau) == (8, True, 3.0)
+
+    async def scenario() -> None:
+        async with world.service.ensemble(plan) as ensemble:
+            assert [slot.ref.index for slot in ensemble.slots] == [0, 1, 2, 3]
+            await ensemble.draw(6)
+            await ensemble.draw(6)
+            assert [slot.ref.index for slot in ensemble.slots] == [0, 1, 2, 3, 4, 5]
+            assert world.count("credence_samples_requested_total") == 6
+            world.engine.broken = {7}
+            with pytest.raises(Unavailable, match="1 of 8 posterior samples"):
+                await ensemble.draw(8)
+
+    asyncio.run(scenario())
+    assert world.count("credence_sample_slots", state="leased") == 0
+
+
+def test_sequences_of_one_request_have_their_own_token_seeds(world: World) -> None:
+    async def scenario() -> None:
+        async with world.service.ensemble(world.plan()) as ensemble:
+            ensemble.token_seed = 5
+            seeds = [ensemble.gang([1], sequence=number).token_seed for number in range(50)]
+            assert seeds[0] == 5 and len(set(seeds)) == 50
+            assert all(0 <= seed < 2**63 for seed in seeds)
+
+    asyncio.run(scenario())
+
+
+def test_waiting_in_the_scheduler_is_measured_where_it_is_known(world: World) -> None:
+    async def scenario() -> None:
+        async with world.service.ensemble(world.plan()) as ensemble:
+            for waited in (0.5, None):
+                gang = ensemble.gang([1, 2, 3], max_tokens=2)
+                gang.token_ids = [7, 8]
+                if waited is not None:
+                    gang.stats.write_wait(waited)
+                ensemble.finished(gang)
+            assert (ensemble.sample_prompt_tokens, ensemble.sample_completion_tokens) == (24, 16)
+            scored = ensemble.gang([1, 2, 3], targets=[(2, 5)])
+            scored.token_ids = [9]
+            ensemble.finished(scored)
+            assert (ensemble.sample_prompt_tokens, ensemble.sample_completion_tokens) == (36, 16)
+
+    asyncio.run(scenario())
+    assert world.count("credence_gang_wait_seconds_count", k="4") == 1
+    assert world.count("credence_gang_wait_seconds_sum", k="4") == 0.5
+
+
+def records(ensemble: Ensemble, tokens: list[int], steps: int) -> Gang:
+    """A gang that has generated ``tokens``, and what the worker would write: token 10 + t with known scores."""
+    gang = ensemble.gang([1], max_tokens=8)
+    gang.token_ids = tokens
     assert gang.stats is not None
     for step in range(steps):
         members = [math.log(0.5) + 0.1 * index for index in range(gang.num_samples)]
         gang.stats.write(step, 10 + step, math.log(0.5), 0.6, 0.4, 0.2, 0.25, members)
+    return gang
 
 
 def test_the_response_object(world: World) -> None:
     async def scenario() -> None:
-        async with world.service.gang(world.plan(n_samples=2, granularity="token", threshold=0.6)) as gang:
-            records(gang, world.service, 3)
-            document = describe(gang, [10, 11, 12], ["a", "b", "c"]).to_json()
+        async with world.service.ensemble(world.plan(n_samples=2, granularity="token", threshold=0.6)) as ensemble:
+            gang = records(ensemble, [10, 11, 12], 3)
+            document = describe(ensemble.plan, 2, gang.table(), ["a", "b", "c"]).to_json()
+            assert [token.logprob for token in token_details(gang.table(2), ["c"])] == [pytest.approx(math.log(0.5))]
             path = Path(gang.stats.path)
             assert path.exists()
         assert not path.exists()
@@ -260,38 +325,41 @@ def test_the_response_object(world: World) -> None:
 @pytest.mark.parametrize(("steps", "tokens"), [(2, [10, 11, 12]), (3, [10, 11, 99]), (0, [10])])
 def test_a_missing_or_foreign_record_is_an_error_never_a_number(world: World, steps: int, tokens: list[int]) -> None:
     async def scenario() -> None:
-        async with world.service.gang(world.plan()) as gang:
-            records(gang, world.service, steps)
+        async with world.service.ensemble(world.plan()) as ensemble:
             with pytest.raises(EnsembleFailed, match="lock-step"):
-                describe(gang, tokens, ["x"] * len(tokens))
+                records(ensemble, tokens, steps).table()
 
     asyncio.run(scenario())
 
 
-def test_no_statistics_at_all(world: World) -> None:
+def test_a_scoring_gang_expects_its_targets(world: World) -> None:
     async def scenario() -> None:
-        async with world.service.gang(world.plan()) as gang:
-            with pytest.raises(EnsembleFailed, match="no statistics"):
-                describe(gang, [1], ["x"])
+        async with world.service.ensemble(world.plan()) as ensemble:
+            for tokens, fits in (([10, 11], True), ([11, 10], False)):
+                gang = ensemble.gang([1], targets=[(0, token) for token in tokens])
+                for step in range(2):
+                    gang.stats.write(step, 10 + step, -1.0, 0.6, 0.4, 0.2, 0.25, [-1.0] * 4)
+                gang.token_ids = [99]  # what the engine happened to sample after the text
+                if fits:
+                    assert len(gang.table()) == 2
+                else:
+                    with pytest.raises(EnsembleFailed, match="lock-step"):
+                        gang.table()
 
     asyncio.run(scenario())
 
 
 def test_an_empty_answer_has_no_scores(world: World) -> None:
+    document = describe(world.plan(), 4, None, []).to_json()
+    assert document["total"] is None and document["confidence"] is None and document["sequence"] is None
+
+
+def test_no_room_for_statistics(world: World, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with world.service.gang(world.plan()) as gang:
-            document = describe(gang, [], []).to_json()
-        assert document["total"] is None and document["confidence"] is None and document["sequence"] is None
-
-    asyncio.run(scenario())
-
-
-def test_no_room_for_statistics(world: World) -> None:
-    async def scenario() -> None:
-        async with world.service.gang(world.plan()) as gang:
-            Path(world.config.stats_dir, gang.gang_id).write_text("in the way")
+        async with world.service.ensemble(world.plan()) as ensemble:
+            tmp_path.rename(tmp_path.with_name("elsewhere"))
             with pytest.raises(Unavailable, match="no room for the statistics"):
-                world.service.open_stats(gang, 4)
+                ensemble.gang([1])
 
     asyncio.run(scenario())
 
@@ -312,12 +380,12 @@ def test_confidence_uses_the_stored_calibration_where_it_applies(
     """A classification adapter's confidence is that of its first token, the answer."""
 
     async def scenario() -> None:
-        async with world.service.gang(world.plan(model, n_samples=2, **options)) as gang:
-            world.service.open_stats(gang, 8)
-            assert gang.stats is not None
+        async with world.service.ensemble(world.plan(model, n_samples=2, **options)) as ensemble:
+            gang = ensemble.gang([1], max_tokens=8)
+            gang.token_ids = [10, 10]
             for step, value in enumerate((calibrated_log_prob, math.log(0.01))):
                 gang.stats.write(step, 10, math.log(0.5), 0.6, 0.4, 0.2, 0.0, [0.0, 0.0], calibrated_log_prob=value)
-            document = describe(gang, [10, 10], ["a", "b"]).to_json()
+            document = describe(ensemble.plan, 2, gang.table(), ["a", "b"]).to_json()
         assert document["confidence"] == pytest.approx(confidence)
         assert document["calibrated"] is calibrated
 
@@ -331,7 +399,8 @@ def test_the_temperature_is_that_of_this_k_and_at_tau_zero_the_means(
     world: World, options: dict, temperature: float
 ) -> None:
     async def scenario() -> None:
-        async with world.service.gang(world.plan("labels", **options)) as gang:
+        async with world.service.ensemble(world.plan("labels", **options)) as ensemble:
+            gang = ensemble.gang([1])
             assert gang.temperature == temperature
             assert gang.plan.adapter.support == (10, 40)
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from credence.serve.errors import BadRequest, ServeError, Unavailable
-from credence.serve.gate import Answer, Gate, Scope
+from credence.serve.gate import Answer, EventStream, Gate, Scope
 from credence.serve.metrics import Metrics
 from credence.serve.schemas import UncertaintyOptions
 
@@ -32,9 +32,14 @@ class FakeBackend:
         self.failure: Exception | None = None
         self.delay_s = 0.0
         self.cancelled = False
+        self.stream: FakeStream | None = None
 
-    async def complete(self, body: dict[str, Any], options: UncertaintyOptions, scope: Scope) -> Answer:
+    async def answer(
+        self, path: str, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
+    ) -> Answer | EventStream:
         self.calls.append((body, options))
+        if self.stream is not None:
+            return self.stream
         try:
             await asyncio.sleep(self.delay_s)
         except asyncio.CancelledError:
@@ -42,15 +47,32 @@ class FakeBackend:
             raise
         if self.failure is not None:
             raise self.failure
-        return Answer(
-            body={"id": "cmpl-1", "choices": [{"uncertainty": {"total": 0.5}}]}, num_samples=options.n_samples or 8
-        )
+        k = options.n_samples if isinstance(options.n_samples, int) else 8
+        return Answer(body={"id": "cmpl-1", "choices": [{"uncertainty": {"total": 0.5}}]}, num_samples=k)
 
     def error_of(self, error: Exception) -> ServeError:
         return ServeError(f"translated {error}")
 
     def count(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
+
+
+class FakeStream:
+    """A stream of two events, the second after ``delay_s``."""
+
+    num_samples = 8
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.delay_s = delay_s
+        self.closed = 0
+
+    async def events(self) -> AsyncIterator[bytes]:
+        yield b"data: 1\n\n"
+        await asyncio.sleep(self.delay_s)
+        yield b"data: 2\n\n"
+
+    async def close(self) -> None:
+        self.closed += 1
 
 
 async def echo(request: Request) -> Response:
@@ -136,9 +158,7 @@ def test_uncertainty_goes_to_the_backend(
     assert backend.count("credence_request_duration_seconds_count", **labels) == 1
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/invocations", "/elsewhere"]
-)
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/embeddings", "/invocations", "/elsewhere"])
 @pytest.mark.parametrize("query", ["", "?uncertainty=true"])
 def test_uncertainty_is_never_ignored_on_other_routes(app: Gate, backend: FakeBackend, path: str, query: str) -> None:
     response = post(app, path + query, {"model": "triage"} if query else {"model": "triage", "uncertainty": True})
@@ -155,7 +175,18 @@ def test_uncertainty_is_never_ignored_on_other_routes(app: Gate, backend: FakeBa
         ({"n_samples": 0}, "uncertainty.n_samples", "greater than or equal to 1"),
         ({"n_samples": "8"}, "uncertainty.n_samples", "'8'"),
         ({"n_samples": True}, "uncertainty.n_samples", "True"),
-        ({"mode": "score"}, "uncertainty.mode", "ensemble"),
+        ({"mode": "mean"}, "uncertainty.mode", "ensemble"),
+        ({"mode": "choices"}, "uncertainty.choices", "belong together"),
+        ({"choices": ["a", "b"]}, "uncertainty.choices", "belong together"),
+        ({"mode": "choices", "choices": ["a"]}, "uncertainty.choices", "at least 2"),
+        ({"mode": "choices", "choices": ["a", "a"]}, "uncertainty.choices", "twice"),
+        ({"mode": "choices", "choices": ["a", ""]}, "uncertainty.choices", "at least 1 character"),
+        ({"mode": "score", "length_normalized": True}, "uncertainty.length_normalized", "mode 'choices'"),
+        ({"n_samples": "auto"}, "uncertainty.n_samples", "give a number"),
+        ({"n_samples": "all"}, "uncertainty.n_samples", "'all'"),
+        ({"n_samples": "auto", "mode": "score"}, "uncertainty.threshold", "give a threshold"),
+        ({"n_samples": "auto", "mode": "generate", "min_samples": 2}, "uncertainty.min_samples", "leave one out"),
+        ({"stop_confidence": 1.0}, "uncertainty.stop_confidence", "less than 1"),
         ({"tau": -1}, "uncertainty.tau", "greater than or equal to 0"),
         ({"threshold": 2}, "uncertainty.threshold", "less than or equal to 1"),
         ({"granularity": "word"}, "uncertainty.granularity", "token"),
@@ -241,8 +272,69 @@ def test_health_needs_no_key(app: Gate, backend: FakeBackend) -> None:
     assert asyncio.run(ask()).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_events_are_sent_as_they_come_and_timed(app: Gate, backend: FakeBackend, path: str) -> None:
+    backend.stream = FakeStream()
+    response = post(app, path, {"model": "triage", "stream": True, "uncertainty": {"mode": "score"}})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.text == "data: 1\n\ndata: 2\n\n"
+    assert backend.stream.closed == 1
+    labels = {"endpoint": path, "mode": "score", "k": "8", "outcome": "ok"}
+    assert backend.count("credence_request_duration_seconds_count", **labels) == 1
+    assert backend.count("credence_time_to_first_token_seconds_count", mode="score", k="8") == 1
+
+
+def test_the_first_event_of_a_plain_stream_is_timed(backend: FakeBackend) -> None:
+    app = Gate(
+        Starlette(routes=[Route("/v1/completions", stream, methods=["POST"])]),
+        backend=lambda scope: backend,
+    )
+    post(app, "/v1/completions", {"model": "triage", "stream": True})
+    assert backend.count("credence_time_to_first_token_seconds_count", mode="mean", k="0") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "param"),
+    [
+        ({"model": "triage"}, 200, None),
+        ({"model": "triage", "uncertainty": True}, 200, None),
+        ({"model": "triage", "uncertainty": {"n_samples": 3, "mode": "score"}}, 200, None),
+        ({"model": "triage", "uncertainty": {"mode": "ensemble"}}, 400, "uncertainty.mode"),
+        ({"model": "triage", "uncertainty": {"n_sampels": 3}}, 400, "uncertainty.n_sampels"),
+        ({"model": "triage", "uncertainty": False}, 400, "uncertainty"),
+        (b"[]", 400, None),
+        (b"{", 400, None),
+    ],
+)
+def test_the_score_route_has_one_mode(
+    app: Gate, backend: FakeBackend, content: dict | bytes, status: int, param: str | None
+) -> None:
+    response = post(app, "/v1/uncertainty/score", content)
+    assert response.status_code == status
+    assert [options.mode for _, options in backend.calls] == (["score"] if status == 200 else [])
+    if status == 400:
+        assert response.json()["error"]["param"] == param
+
+
+def test_a_reader_that_goes_away_closes_the_stream(app: Gate, backend: FakeBackend) -> None:
+    backend.stream = FakeStream(delay_s=60)
+    sent = disconnecting(app, backend)
+    assert [message.get("body") for message in sent[1:]] == [b"data: 1\n\n"]
+    assert backend.stream.closed == 1
+    labels = {"endpoint": "/v1/completions", "mode": "ensemble", "k": "8", "outcome": "disconnected"}
+    assert backend.count("credence_request_duration_seconds_count", **labels) == 1
+
+
 def test_a_client_that_goes_away_cancels_its_request(app: Gate, backend: FakeBackend) -> None:
     backend.delay_s = 60
+    assert not disconnecting(app, backend)
+    assert backend.cancelled
+    labels = {"endpoint": "/v1/completions", "mode": "ensemble", "k": "0", "outcome": "disconnected"}
+    assert backend.count("credence_request_duration_seconds_count", **labels) == 1
+
+
+def disconnecting(app: Gate, backend: FakeBackend) -> list[Any]:
+    """What is sent to a client that sends a request and goes away."""
     messages: list[dict[str, Any]] = [
         {"type": "http.request", "body": b'{"model":"triage","uncertainty":true}', "more_body": False},
         {"type": "http.disconnect"},
@@ -264,8 +356,5 @@ def test_a_client_that_goes_away_cancels_its_request(app: Gate, backend: FakeBac
         "headers": [(b"content-type", b"application/json")],
     }
     asyncio.run(asyncio.wait_for(app(scope, receive, send), timeout=5))
-    assert backend.cancelled
-    assert not sent
     assert backend.count("credence_client_disconnects_total") == 1
-    labels = {"endpoint": "/v1/completions", "mode": "ensemble", "k": "0", "outcome": "disconnected"}
-    assert backend.count("credence_request_duration_seconds_count", **labels) == 1
+    return sent

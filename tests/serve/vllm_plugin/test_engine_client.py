@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -17,7 +17,13 @@ from credence.serve.ensemble import Gang, Plan, ServedAdapter
 from credence.serve.errors import EnsembleFailed
 from credence.serve.samples import Slot
 from credence.serve.schemas import UncertaintyOptions
-from credence.serve.vllm_plugin.engine_client import CURRENT_GANG, EnsembleClient, lora_request_of, member_params
+from credence.serve.vllm_plugin.engine_client import (
+    CURRENT_RUN,
+    EnsembleClient,
+    GangRunner,
+    lora_request_of,
+    member_params,
+)
 from tests.tiny import make_artifact
 
 K = 4
@@ -35,27 +41,59 @@ def gang(served: ServedAdapter, monkeypatch: pytest.MonkeyPatch) -> Gang:
     plan = Plan(adapter=served, options=UncertaintyOptions(), num_samples=K, min_samples=K, tau=1.0, seed=0)
     ids = itertools.count(1)
     slots = [Slot(lora_id=next(ids), name=f"credence-slot-{i:03d}", ref=served.sample(0, i, 1.0)) for i in range(K)]
-    return Gang(gang_id="g", plan=plan, slots=slots, token_seed=99)
+    return Gang(
+        gang_id="g",
+        plan=plan,
+        slots=slots,
+        token_seed=99,
+        prompt_token_ids=[1],
+        max_tokens=3,
+        num_top=2,
+        targets=((0, 7),),
+    )
 
 
 def test_only_the_leader_makes_text_and_looks_for_stop_strings(gang: Gang) -> None:
     params = SamplingParams(
         temperature=0.7, top_p=0.9, seed=5, stop=["x"], max_tokens=7, logprobs=2, n=1, stop_token_ids=[3]
     )
-    members = [member_params(gang, params, member, "/stats") for member in range(K)]
+    members = [member_params(gang, params, member) for member in range(K)]
     for number, member in enumerate(members):
         assert member.seed is None, "vLLM's per-request generators are not used: the processor chooses the token"
         assert member.logprobs is None and member.n == 1
-        assert member.output_kind == RequestOutputKind.FINAL_ONLY
         assert (member.temperature, member.top_p, member.max_tokens) == (0.7, 0.9, 7)
         assert member.stop_token_ids == [3]
         assert member.extra_args is not None
         assert member.extra_args["credence_member"] == number
         assert member.extra_args["credence_seed"] == 99
         assert member.extra_args["credence_token"] == "secret"
+        assert member.extra_args["credence_top"] == 2
+        assert member.extra_args["credence_targets"] == [[0, 7]]
     assert members[0].stop == ["x"] and members[0].detokenize
+    assert members[0].output_kind == params.output_kind == RequestOutputKind.CUMULATIVE
+    assert all(member.output_kind == RequestOutputKind.FINAL_ONLY for member in members[1:])
     assert all(member.stop == [] and not member.detokenize for member in members[1:])
     assert params.seed == 5, "the caller's parameters are not changed"
+
+
+def test_constraints_are_the_leaders(gang: Gang) -> None:
+    """They act on the average, which the processor gives all members; on a member they would act before averaging."""
+    params = SamplingParams(
+        max_tokens=7,
+        min_tokens=2,
+        logit_bias={3: 1.0},
+        allowed_token_ids=[3, 4],
+        bad_words=["x"],
+        structured_outputs=StructuredOutputsParams(choice=["a"]),
+    )
+    params._bad_words_token_ids = [[9]]
+    leader, *followers = [member_params(gang, params, member) for member in range(K)]
+    assert (leader.min_tokens, leader.logit_bias, leader.allowed_token_ids) == (2, {3: 1.0}, [3, 4])
+    assert leader._bad_words_token_ids == [[9]] and leader.structured_outputs is not None
+    for follower in followers:
+        assert (follower.min_tokens, follower.logit_bias, follower.allowed_token_ids) == (0, None, None)
+        assert not follower.bad_words and not follower._bad_words_token_ids
+        assert follower.structured_outputs is None
 
 
 def test_prompts_are_cached_by_the_samples_content(served: ServedAdapter) -> None:
@@ -85,7 +123,8 @@ class FakeInner:
             await asyncio.sleep(self.delays.get(member, 60))
             if member in self.failures:
                 raise self.failures[member]
-            yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=self.reason)], member=member)
+            completion = SimpleNamespace(finish_reason=self.reason, token_ids=[5])
+            yield SimpleNamespace(outputs=[completion], member=member, finished=True)
         finally:
             self.ended.add(request_id)
 
@@ -94,14 +133,17 @@ class FakeInner:
 
 
 def run(inner: FakeInner, gang: Gang, cancel_after_s: float | None = None) -> Any:
-    service = SimpleNamespace(check_fits=lambda *_: None, open_stats=lambda *_: "/stats")
-
     async def scenario() -> Any:
-        client = EnsembleClient(inner, service)  # type: ignore[arg-type]
-        token = CURRENT_GANG.set(gang)
-        outputs = client.generate({"prompt_token_ids": [1]}, SamplingParams(max_tokens=3), "r")
-        CURRENT_GANG.reset(token)
-        task = asyncio.ensure_future(anext(aiter(outputs)))
+        finished: list[Gang] = []
+        runner = GangRunner(inner, SimpleNamespace(finished=finished.append))  # type: ignore[arg-type]
+        outputs = runner.stream(gang, {"prompt_token_ids": [1]}, SamplingParams(max_tokens=3), "r", {})
+
+        async def consume() -> Any:
+            [output] = [output async for output in outputs]
+            assert finished == [gang]
+            return output
+
+        task = asyncio.ensure_future(consume())
         if cancel_after_s is not None:
             await asyncio.sleep(cancel_after_s)
             task.cancel()
@@ -111,6 +153,21 @@ def run(inner: FakeInner, gang: Gang, cancel_after_s: float | None = None) -> An
             await outputs.aclose()
 
     return asyncio.run(scenario())
+
+
+def test_a_call_of_vllms_handler_reaches_the_current_request() -> None:
+    class FakeRun:
+        def generate(self, *arguments: Any) -> Any:
+            return arguments
+
+    run = FakeRun()
+    client = EnsembleClient(SimpleNamespace(errored="theirs"))  # type: ignore[arg-type]
+    token = CURRENT_RUN.set(run)  # type: ignore[arg-type]
+    assert client.generate("prompt", "params", "id", lora_request=1, priority=2) == (  # type: ignore[arg-type]
+        "prompt", "params", "id", {"lora_request": 1, "priority": 2}
+    )  # fmt: skip
+    CURRENT_RUN.reset(token)
+    assert client.errored == "theirs"
 
 
 def test_all_members_end_together(gang: Gang) -> None:
