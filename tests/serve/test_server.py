@@ -150,17 +150,12 @@ def test_our_client(server: Server, artifacts: dict[str, Artifact]) -> None:
         ({"uncertainty": {"samples": 2}}, "uncertainty.samples"),
         ({"model": "base"}, "model"),
         ({"model": "point", "uncertainty": {"n_samples": 2}}, "uncertainty.n_samples"),
-        ({"n": 2}, "n"),
-        ({"stream": True}, "stream"),
-        ({"logprobs": 1}, "logprobs"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
-        ({"echo": True}, "echo"),
-        ({"prompt": ["w1", "w2"]}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 100_000}, "max_tokens"),
-        ({"logit_bias": {"5": 1.0}}, "logit_bias"),
         ({"vllm_xargs": {"credence_gang": "mine"}}, "vllm_xargs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": 1_000_000}, "logprobs"),
+        ({"use_beam_search": True}, "use_beam_search"),
         ({"thinking_token_budget": 3}, "thinking_token_budget"),
     ],
 )
@@ -201,7 +196,7 @@ def test_nobody_can_forge_a_gang(server: Server) -> None:
     assert "reserved" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/invocations"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses", "/v1/messages", "/invocations"])
 def test_other_routes_do_not_ignore_uncertainty(server: Server, path: str) -> None:
     response = server.client.post(path, json={"model": "diag", "prompt": PROMPT, "input": PROMPT, "uncertainty": True})
     assert response.status_code == 400
@@ -315,6 +310,15 @@ def test_latency_by_sample_count_in_prometheus(server: Server) -> None:
         server.complete(model="diag", prompt=PROMPT, max_tokens=2, uncertainty={"n_samples": k})
         line = f'credence_request_duration_seconds_count{{endpoint="/v1/completions",k="{k}",mode="ensemble",outcome="ok"}}'
         assert server.metric(line) >= 1
+        if k > 1:
+            assert server.metric(f'credence_gang_wait_seconds_count{{k="{k}"}}') >= 1
+    with server.client.stream(
+        "POST",
+        "/v1/completions",
+        json={"model": "diag", "prompt": PROMPT, "stream": True, "uncertainty": {"n_samples": 2}},
+    ) as stream:
+        stream.read()
+    assert server.metric('credence_time_to_first_token_seconds_count{k="2",mode="ensemble"}') >= 1
     text = server.client.get("/metrics").text
     for name in (
         "credence_sample_slots",
