@@ -25,6 +25,15 @@ def serve(
         int, typer.Option("--default-samples", min=1, help="K of a request that does not say.")
     ] = 8,
     max_samples: Annotated[int, typer.Option("--max-samples", min=1, help="Largest K of a request.")] = 32,
+    sample_slots: Annotated[
+        int | None,
+        typer.Option(
+            "--sample-slots",
+            min=1,
+            help="Samples kept by the workers, at least the largest K.",
+            show_default="every adapter's default samples and one request of the largest K",
+        ),
+    ] = None,
 ) -> int:
     """Serve adapters with their uncertainty.
 
@@ -57,6 +66,7 @@ def serve(
         extra_args=list(context.args),
         default_samples=default_samples,
         max_samples=max_samples,
+        sample_slots=sample_slots,
     )
 
 

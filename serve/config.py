@@ -25,6 +25,7 @@ class ServeConfig(BaseModel):
         merged: the base model holds the mean of the one adapter: its samples are served as delta adapters, its mean without LoRA.
         default_samples: K when a request does not say.
         max_samples: largest K a request may ask for; needs as many LoRA slots.
+        sample_slots: samples the workers keep; None for every adapter's resident set and room for the largest request beside them.
         max_inflight_rows: member rows in flight before requests get 503.
         max_scored_rows: largest number of (sample, token) pairs that one text may be scored on; a worker holds a hidden state for each.
         max_body_bytes: largest request body.
@@ -38,6 +39,7 @@ class ServeConfig(BaseModel):
     merged: bool = False
     default_samples: Annotated[int, Field(ge=1)] = 8
     max_samples: Annotated[int, Field(ge=1, le=1024)] = 32
+    sample_slots: Annotated[int, Field(ge=1)] | None = None
     max_inflight_rows: Annotated[int, Field(ge=1)] = 1024
     max_scored_rows: Annotated[int, Field(ge=1)] = 65536
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
@@ -60,8 +62,8 @@ class ServeConfig(BaseModel):
 
     @property
     def num_slots(self) -> int:
-        """Samples the workers keep: every adapter's resident set, and room for the largest request beside them."""
-        return self.default_samples * len(self.adapters) + self.max_samples
+        """Samples the workers keep."""
+        return self.sample_slots or self.default_samples * len(self.adapters) + self.max_samples
 
     @property
     def num_mean_loras(self) -> int:

@@ -267,6 +267,11 @@ def check_limits(config: ServeConfig, *, max_num_seqs: int | None, max_loras: in
                 f"--max-samples {config.max_samples} needs {name} of at least {config.max_samples}, it is {limit}; "
                 f"lower --max-samples or raise {name}"
             )
+    if config.num_slots < config.max_samples:
+        raise ConfigurationError(
+            f"--sample-slots {config.num_slots} cannot hold one request of --max-samples {config.max_samples}; raise the first or lower "
+            "the second"
+        )
     if config.default_samples > config.max_samples:
         raise ConfigurationError(
             f"--default-samples {config.default_samples} is more than --max-samples {config.max_samples}"

@@ -24,6 +24,7 @@ def main(
     extra_args: Sequence[str] = (),
     default_samples: int = 8,
     max_samples: int = 32,
+    sample_slots: int | None = None,
 ) -> int:
     """Serves ``base`` with Bayesian adapters until a signal.
 
@@ -33,6 +34,7 @@ def main(
         api_key_file: file holding the API key that requests must send.
         extra_args: any flags of vLLM's server.
         default_samples, max_samples: K when a request does not say, and the largest K.
+        sample_slots: samples that the workers keep; at least ``max_samples``.
 
     Returns:
         The process's exit code.
@@ -54,6 +56,7 @@ def main(
             merged=merged,
             default_samples=min(default_samples, max_samples),
             max_samples=max_samples,
+            sample_slots=sample_slots,
             state_dir=str(state),
             stats_dir=str(stats),
         )

@@ -34,6 +34,7 @@ def test_unknown_flags_go_to_vllm_in_order(credence: Command, started: list[dict
             "extra_args": ["--max-model-len", "512", "-tp", "2", "--enforce-eager", "--dtype=float32"],
             "default_samples": 8,
             "max_samples": 16,
+            "sample_slots": None,
         }
     ]
 

@@ -121,6 +121,7 @@ def test_bad_plans(world: World, model: str, options: dict, param: str, said: st
         ({"max_samples": 11}, "--max-loras"),
         ({"max_samples": 17}, "--max-num-seqs"),
         ({"default_samples": 9}, "--default-samples 9"),
+        ({"sample_slots": 7}, "--sample-slots 7"),
     ],
 )
 def test_a_server_that_could_not_hold_the_largest_ensemble_does_not_start(
@@ -179,6 +180,24 @@ def test_the_engine_never_holds_more_than_the_slots(world: World) -> None:
             async with world.service.ensemble(world.plan(seed=seed, n_samples=8)) as ensemble:
                 assert {slot.lora_id for slot in ensemble.slots} <= set(world.engine.held)
                 assert len(world.engine.held) <= world.config.num_slots
+
+    asyncio.run(scenario())
+
+
+def test_many_adapters_share_few_slots(adapters: dict[str, Artifact], tmp_path: Path) -> None:
+    """Eight slots for four adapters of four samples each: every request gets its own samples, whoever was there before."""
+    world = World(adapters, tmp_path, sample_slots=8)
+
+    async def scenario() -> None:
+        await world.service.warm_up()
+        for turn in range(12):
+            name = ("triage", "labels", "choices", "map")[turn % 4]
+            async with world.service.ensemble(world.plan(name)) as ensemble:
+                digest = adapters[name].digest
+                assert {slot.ref.digest for slot in ensemble.slots} == {digest}
+                for slot in ensemble.slots:
+                    assert world.engine.held[slot.lora_id] == slot
+                assert len(world.engine.held) <= 8
 
     asyncio.run(scenario())
 

@@ -89,6 +89,21 @@ def test_the_least_recently_used_idle_sample_goes_first() -> None:
     assert [slot.ref.index for slot in displaced] == [1]
 
 
+def test_pinned_samples_go_last_but_go() -> None:
+    """An adapter's resident set stays while another idle sample can make room; a request is never refused for the sake of a pin."""
+    slots = SampleSlots(3, itertools.count(1))
+    slots.pin([ref(0), ref(1)])
+    for index in (0, 1, 2):
+        slots.lease([ref(index)])
+        slots.release([ref(index)])
+    for index, gone in ((3, 2), (4, 3)):
+        _, displaced = slots.lease([ref(index)])
+        assert [slot.ref.index for slot in displaced] == [gone], "the pinned ones are older"
+        slots.release([ref(index)])
+    _, displaced = slots.lease([ref(4), ref(5), ref(6)])
+    assert [slot.ref.index for slot in displaced] == [0, 1]
+
+
 def test_one_sample_for_all_members_takes_one_slot() -> None:
     """tau = 0: every member is the mean."""
     slots = SampleSlots(2, itertools.count(1))
