@@ -196,6 +196,7 @@ def settled_flag(
     minimum: int = 4,
     lower: float = 0.0,
     upper: float = 1.0,
+    projected_n: int | None = None,
 ) -> bool:
     """Says whether it is settled on which side of a threshold a function of all ``maximum`` samples lies, by the jackknife.
 
@@ -212,12 +213,17 @@ def settled_flag(
         n: samples seen.
         threshold, maximum, confidence, looks, minimum: as in :func:`settled_threshold`.
         lower, upper: bounds of the statistic.
+        projected_n: asks instead whether it would be settled after so many samples (n to maximum), if they were like those seen: for
+            choosing the next stage, never for stopping.
 
     Raises:
         ValueError: if the statistic is NaN, n is not within 1..maximum, or a setting is out of range.
     """
-    look = _look(n, maximum, confidence, looks, minimum)
-    if n == maximum:
+    at = n if projected_n is None else projected_n
+    if projected_n is not None and not n <= projected_n <= maximum:
+        raise ValueError(f"projected_n is {projected_n}; it must be n = {n} to maximum = {maximum}")
+    look = _look(at, maximum, confidence, looks, minimum)
+    if at == maximum:
         return True
     if n < minimum:
         return False

@@ -206,7 +206,11 @@ class Run:
             nonlocal table
             table = await self._read(prompt_ids, token_ids, request_id, options)
 
-        auto = await self._until_settled(read, lambda: table is None or self._flag_is_settled(table))
+        auto = await self._until_settled(
+            read,
+            lambda: table is None or self._flag_is_settled(table),
+            lambda number: table is None or self._flag_is_settled(table, number),
+        )
         texts = token_texts(self._tokenizer, prompt_ids, token_ids)
         return describe(self.plan, len(self.ensemble.slots), table, texts, auto=auto)
 
@@ -221,7 +225,7 @@ class Run:
         await self._runner.score(gang, request_id, options)
         return gang.table()
 
-    def _flag_is_settled(self, table: StepTable) -> bool:
+    def _flag_is_settled(self, table: StepTable, projected_n: int | None = None) -> bool:
         """Whether the confidence of all samples lies on the same side of the threshold as that of the samples drawn so far.
 
         A subset's confidence is that of its average at temperature 1, times the factor that the calibration makes for the samples drawn.
@@ -238,7 +242,11 @@ class Run:
         factor = confidence / max(uncalibrated(slice(None)), float(np.finfo(np.float64).tiny))
         assert options.threshold is not None
         return settled_flag(
-            lambda samples: factor * uncalibrated(samples), probs_TK.shape[1], options.threshold, **self._rule()
+            lambda samples: factor * uncalibrated(samples),
+            probs_TK.shape[1],
+            options.threshold,
+            projected_n=projected_n,
+            **self._rule(),
         )
 
     # --- choices -------------------------------------------------------------------------------------------------
@@ -411,9 +419,15 @@ class Run:
     # --- adaptive K ----------------------------------------------------------------------------------------------
 
     async def _until_settled(
-        self, work: Callable[[], Awaitable[None]], settled: Callable[[], bool]
+        self,
+        work: Callable[[], Awaitable[None]],
+        settled: Callable[[], bool],
+        promising: Callable[[int], bool] = lambda number: True,
     ) -> AutoSamples | None:
         """Draws samples in stages, and works with them, until the decision is settled; of a request with a given K, all at once.
+
+        Args:
+            promising: whether a stage of so many samples is likely to settle it; others are skipped, where each stage starts anew.
 
         Returns:
             The stages of an adaptive request, else None.
@@ -422,13 +436,16 @@ class Run:
             await work()
             return None
         tried: list[int] = []
-        for number in stages(self.plan.num_samples, FIRST_STAGE):
+        most = self.plan.num_samples
+        for number in stages(most, FIRST_STAGE):
+            if tried and number < most and not promising(number):
+                continue
             await self.ensemble.draw(number)
             tried.append(number)
             await work()
             if settled():
                 break
-        return AutoSamples(stages=tried, settled=tried[-1] < self.plan.num_samples)
+        return AutoSamples(stages=tried, settled=tried[-1] < most)
 
     def _rule(self, decisions: int = 1) -> dict[str, Any]:
         """Arguments of the stopping rule, for each of several decisions that are to be right together."""

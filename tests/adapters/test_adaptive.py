@@ -399,3 +399,28 @@ def test_easy_flags_stop_early_and_hard_ones_do_not() -> None:
 
     assert used(0.9) < 5
     assert used(0.6) > 26
+
+
+def test_a_projection_asks_the_same_question_for_more_samples_like_those_seen() -> None:
+    """Values of known mean and spread: settled at n exactly where the written-out criterion says so with n in the place of the 4 seen."""
+    values = np.array([0.62, 0.5, 0.58, 0.66])
+    gap, spread, maximum, confidence, looks = values.mean() - 0.5, values.std(ddof=1), 32, 0.95, 3
+
+    def flag(n: int | None) -> bool:
+        return settled_flag(
+            lambda samples: float(values[samples].mean()), 4, 0.5, maximum=maximum, confidence=confidence, looks=looks, projected_n=n
+        )  # fmt: skip
+
+    expected = {}
+    for n in (4, 8, 16):
+        share = (maximum - n) / maximum
+        reserve = share * (values.mean() - 0.0) * min(1.0, math.log10(1 / (1 - confidence)) / (n + 1))
+        error = spread * math.sqrt(share / n)
+        expected[n] = bool(gap > student_t_quantile((1 - confidence) / looks, n - 1) * error + reserve)
+    assert expected == {4: False, 8: False, 16: True}
+    assert {n: flag(n) for n in expected} == expected
+    assert flag(None) == flag(4)
+    assert flag(32)
+    for n in (3, 33):
+        with pytest.raises(ValueError, match="projected_n"):
+            flag(n)
