@@ -172,8 +172,8 @@ def set_environment(config: ServeConfig, keys: Sequence[str]) -> None:
     os.environ[TOKEN_VARIABLE] = secrets.token_hex(16)
     named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*named, "credence", "credence_http"]))
-    # Our logits processor has the interface of the first model runner.
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    # vLLM's own choice would be the second runner on GPUs; there ensembles are experimental, so it has to be asked for.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") or "0"
     if len(keys) == 1:
         os.environ["VLLM_API_KEY"] = keys[0]
 

@@ -1,8 +1,9 @@
 """Bayesian model averaging of one decoding step: pure torch, no vLLM.
 
 A gang is K requests that decode the same text under K posterior samples. At every step their next-token
-distributions are averaged, one token is chosen from the average, and all members continue with it. Shape suffixes:
-G gangs of equal K, K members, V vocabulary.
+distributions are averaged, one token is chosen from the average, and all members continue with it. Functions that return
+tensors never make the host wait for the device. Shape suffixes: G gangs of equal K, K members, V vocabulary, N tokens,
+M most likely tokens.
 """
 
 import hashlib
@@ -59,38 +60,49 @@ class AveragedStep:
     scores: TokenScores
     member_log_probs: Tensor
 
-    def record(self, tokens_N: Tensor, gangs_N: Tensor | None = None) -> list[list[float]]:
+    def columns(self, tokens_N: Tensor, gangs_N: Tensor | None = None) -> Tensor:
         """Returns the scores of N tokens: log_prob, total, aleatoric, epistemic, variation_ratio, then K member log-probabilities.
 
         Args:
             tokens_N: [N] int64.
             gangs_N: [N] int64, the gang of each token; None for one token of each gang, in order.
+
+        Returns:
+            [N, 5 + K] float64, on the device of the logits.
         """
         if gangs_N is None:
             gangs_N = torch.arange(len(tokens_N), device=tokens_N.device)
-        chosen = self.scores.mean_log_probs[gangs_N, tokens_N][:, None]
-        members = self.member_log_probs[gangs_N, :, tokens_N]
-        scores = torch.stack([self.scores.total, self.scores.epistemic, self.scores.variation_ratio], dim=-1)
-        rows: list[list[float]] = torch.cat([chosen, scores[gangs_N], members], dim=-1).tolist()
+        chosen = self.scores.mean_log_probs[gangs_N, tokens_N].double()
+        members = self.member_log_probs[gangs_N, :, tokens_N].double()
+        total, ratio = self.scores.total[gangs_N].double(), self.scores.variation_ratio[gangs_N].double()
         # In float64: ln K as a float32 may exceed ln K, and the written parts have to add up to the written total.
-        limit = math.log(self.member_log_probs.shape[1])
-        bounded = [[r[0], r[1], min(r[2], limit), *r[3:]] for r in rows]
-        return [[r[0], r[1], r[1] - r[2], *r[2:]] for r in bounded]
+        epistemic = self.scores.epistemic[gangs_N].double().clamp_max(math.log(self.member_log_probs.shape[1]))
+        scores = torch.stack([chosen, total, total - epistemic, epistemic, ratio], dim=-1)
+        return torch.cat([scores, members], dim=-1)
+
+    def record(self, tokens_N: Tensor, gangs_N: Tensor | None = None) -> list[list[float]]:
+        """Returns ``columns`` as a list of N rows."""
+        rows: list[list[float]] = self.columns(tokens_N, gangs_N).tolist()
+        return rows
+
+    def top_columns(self, num_top: int) -> tuple[Tensor, Tensor]:
+        """Returns, per gang, the M = ``num_top`` most likely tokens of the average and their log-probabilities, most likely first.
+
+        Returns:
+            [G, M] int64 and [G, M] float32. A smaller vocabulary is padded with token -1 at -inf.
+        """
+        mean = self.scores.mean_log_probs
+        values, tokens = mean.topk(min(num_top, mean.shape[-1]), dim=-1)
+        missing = num_top - values.shape[-1]
+        if missing > 0:
+            values = torch.cat([values, values.new_full((len(mean), missing), -torch.inf)], dim=-1)
+            tokens = torch.cat([tokens, tokens.new_full((len(mean), missing), -1)], dim=-1)
+        return tokens, values
 
     def top(self, num_top: int) -> tuple[list[list[int]], list[list[float]]]:
-        """Returns, per gang, the ``num_top`` most likely tokens of the average and their log-probabilities, most likely first.
-
-        A smaller vocabulary is padded with token -1 at -inf.
-        """
-        num_gangs, size = self.scores.mean_log_probs.shape
-        if num_top == 0:
-            return [[]] * num_gangs, [[]] * num_gangs
-        values, tokens = self.scores.mean_log_probs.topk(min(num_top, size), dim=-1)
-        missing = num_top - values.shape[-1]
-        return (
-            [row + [-1] * missing for row in tokens.tolist()],
-            [row + [-math.inf] * missing for row in values.tolist()],
-        )
+        """Returns ``top_columns`` as lists of G rows."""
+        tokens, values = self.top_columns(num_top)
+        return tokens.tolist(), values.tolist()
 
 
 def average(logits_GKV: Tensor) -> AveragedStep:
@@ -104,24 +116,29 @@ def average(logits_GKV: Tensor) -> AveragedStep:
     return AveragedStep(scores=token_scores(log_probs), member_log_probs=log_probs)
 
 
-def calibrated_log_prob(mean_log_probs_V: Tensor, token: int, temperature: float, support: Sequence[int] = ()) -> float:
+def calibrate(mean_log_probs_V: Tensor, token: Tensor, temperature: float, support: Sequence[int] = ()) -> Tensor:
     """Log-probability of a token after the calibration: log softmax(log p / T) over the support, nats.
 
     Args:
         mean_log_probs_V: [V], log of the averaged probabilities.
+        token: 0-dimensional int64, on the same device.
         temperature: T > 0, fitted on held-out data for this number of samples.
         support: the tokens the temperature was fitted on (the answer letters of a classification adapter); empty for the vocabulary.
 
     Returns:
-        NaN if ``token`` is outside the support: the calibration says nothing about it.
+        0-dimensional float64; NaN if ``token`` is outside the support: the calibration says nothing about it.
     """
+    chosen = mean_log_probs_V.gather(0, token[None])[0].double() / temperature
     if not support:
-        scaled = mean_log_probs_V.double() / temperature
-        return float(scaled[token] - torch.logsumexp(scaled, dim=-1))
-    if token not in support:
-        return math.nan
-    scaled = mean_log_probs_V[torch.tensor(support, device=mean_log_probs_V.device)].double() / temperature
-    return float(scaled[support.index(token)] - torch.logsumexp(scaled, dim=-1))
+        return chosen - torch.logsumexp(mean_log_probs_V.double() / temperature, dim=-1)
+    supported = to_device(support, mean_log_probs_V.device)
+    scaled = mean_log_probs_V[supported].double() / temperature
+    return torch.where((supported == token).any(), chosen - torch.logsumexp(scaled, dim=-1), torch.nan)
+
+
+def calibrated_log_prob(mean_log_probs_V: Tensor, token: int, temperature: float, support: Sequence[int] = ()) -> float:
+    """Returns ``calibrate`` of a token id as a float."""
+    return float(calibrate(mean_log_probs_V, to_device([token], mean_log_probs_V.device)[0], temperature, support))
 
 
 def mean_log_normaliser(logits_KV: Tensor) -> Tensor:
@@ -129,16 +146,19 @@ def mean_log_normaliser(logits_KV: Tensor) -> Tensor:
     return torch.logsumexp(logits_KV.float(), dim=-1).mean()
 
 
-def penalise(logits_V: Tensor, rule: ChoiceRule, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
+def penalise(
+    logits_V: Tensor, rule: ChoiceRule, prompt: Sequence[int] | Tensor, output: Sequence[int] | Tensor
+) -> Tensor:
     """Applies vLLM's penalties to the logits of one gang.
 
     repetition_penalty concerns prompt and output tokens (positive logits are divided by it, negative ones multiplied), presence_penalty and
     frequency_penalty the output only. The first is not invariant to a shift, so the average must be given on the scale of logits.
+
+    Args:
+        prompt, output: token ids; those outside 0..V - 1 (placeholders of tokens that are not known yet) do not count.
     """
-    size = logits_V.shape[-1]
-    counts = torch.bincount(_token_tensor(output, size), minlength=size).to(logits_V.device)
-    seen = counts > 0
-    seen |= (torch.bincount(_token_tensor(prompt, size), minlength=size) > 0).to(logits_V.device)
+    counts = _counts(output, logits_V)
+    seen = (counts > 0) | (_counts(prompt, logits_V) > 0)
     factor = torch.where(logits_V > 0, 1 / rule.repetition_penalty, rule.repetition_penalty)
     logits = torch.where(seen, logits_V * factor, logits_V)
     return logits - rule.frequency_penalty * counts - rule.presence_penalty * (counts > 0).to(logits.dtype)
@@ -186,7 +206,8 @@ def choose_token(logits_V: Tensor, rule: ChoiceRule, step: int) -> Tensor:
         weights = torch.where(reached < rule.top_p * weights.sum(), weights, 0.0)
         weights[0] = weights[0].clamp_min(torch.finfo(weights.dtype).tiny)
     position = _inverse_cdf(weights, uniform(rule.seed, step))
-    return position if ids is None else ids[position]
+    # gather, not ids[position]: an index without dimensions is read by the host.
+    return position if ids is None else ids.gather(0, position[None])[0]
 
 
 def uniform(seed: int, step: int) -> float:
@@ -200,11 +221,20 @@ def uniform(seed: int, step: int) -> float:
 def _inverse_cdf(weights: Tensor, u: float) -> Tensor:
     """Returns the first position whose cumulative weight exceeds u times the sum; its weight is positive."""
     cumulative = weights.cumsum(0)
-    position = torch.searchsorted(cumulative, (u * cumulative[-1:]), right=True).clamp_max(weights.shape[0] - 1)[0]
+    position = torch.searchsorted(cumulative, u * cumulative[-1:], right=True).clamp_max(weights.shape[0] - 1)
     # A parallel prefix sum may round a token of weight 0 above its neighbour; never return such a token.
-    return torch.where(weights[position] > 0, position, weights.argmax())
+    return torch.where(weights.gather(0, position) > 0, position, weights.argmax())[0]
 
 
-def _token_tensor(tokens: Sequence[int], size: int) -> Tensor:
-    ids = torch.tensor(tokens, dtype=torch.int64)
-    return ids[(ids >= 0) & (ids < size)]
+def to_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """Returns int64 values as a tensor on a device; pinned memory lets the host go on while they are copied."""
+    return torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _counts(tokens: Sequence[int] | Tensor, logits_V: Tensor) -> Tensor:
+    """How often each token of the vocabulary occurs, [V] int64."""
+    size = logits_V.shape[-1]
+    ids = tokens.long() if isinstance(tokens, Tensor) else to_device(tokens, logits_V.device)
+    # bincount would wait for the device; ids that do not count go to one slot more.
+    ids = torch.where((ids >= 0) & (ids < size), ids, size)
+    return torch.zeros(size + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))[:size]

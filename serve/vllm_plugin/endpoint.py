@@ -161,6 +161,8 @@ class VllmBackend:
         self._chat = copy.copy(state.openai_serving_chat)
         self._completions.engine_client = self._chat.engine_client = EnsembleClient(engine_client)
         self._tokenizer = self._completions.renderer.tokenizer
+        # credence.serve.vllm_plugin.scoring hooks the first model runner alone.
+        self._can_score = not engine_client.vllm_config.use_v2_model_runner
         self._max_logprobs = int(self._completions.model_config.max_logprobs)
 
     @classmethod
@@ -225,12 +227,9 @@ class VllmBackend:
             scope = {"type": "http", "headers": [], "state": {}}
             try:
                 await self.answer("/v1/completions", body, UncertaintyOptions(), scope)
-                await self.answer(
-                    SCORE_PATH,
-                    {"model": name, "prompt": [0], "completion": [0]},
-                    UncertaintyOptions(mode="score"),
-                    scope,
-                )
+                if self._can_score:
+                    text = {"model": name, "prompt": [0], "completion": [0]}
+                    await self.answer(SCORE_PATH, text, UncertaintyOptions(mode="score"), scope)
             except ServeError as error:
                 raise ConfigurationError(f"the engine does not answer for adapter {name}: {error.message}") from error
 
@@ -267,6 +266,12 @@ class VllmBackend:
         """Answers a request with uncertainty."""
         if self.engine_client.errored:
             raise self.engine_client.dead_error
+        if options.mode != "ensemble" and not self._can_score:
+            raise BadRequest(
+                f"mode {options.mode!r} reads texts under the samples, which this server's engine cannot: it runs vLLM's second model "
+                "runner; ask for mode 'ensemble', or start the server without VLLM_USE_V2_MODEL_RUNNER=1",
+                param="uncertainty.mode",
+            )
         if path == SCORE_PATH:
             return await self._score(body, options)
         chat = path != "/v1/completions"

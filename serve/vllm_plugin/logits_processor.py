@@ -1,9 +1,9 @@
-"""vLLM (V1 sampler) adapter of the averaging core: finds the members of each gang in the batch and gives them one common token.
+"""The logits processor vLLM loads, and its adapter to vLLM's first model runner (V1): finds the members of each gang in the batch.
 
 A gang is averaged in a step only if all K members are in the batch, have the same number of output tokens, and all
 sample a real token in this step (vLLM also computes logits for unfinished prompts and throws the token away).
 Otherwise nothing is averaged and no record is written, so that the API process, which misses the record, fails the
-request; it never gets a number made from the wrong rows.
+request; it never gets a number made from the wrong rows. What happens to a gang then is in credence.serve.vllm_plugin.gang_step.
 
 Constraints (``logit_bias``, ``allowed_token_ids``, ``bad_words``, ``min_tokens``, structured output) come after averaging, and only
 the leader carries them. vLLM writes them into the leader's row before this processor sees it; so the row is kept at the earliest point of
@@ -11,12 +11,13 @@ the step, and what was added to it is added to the average instead. The recorded
 
 A scoring gang (``credence_targets``) is left alone here; credence.serve.vllm_plugin.scoring records it. Requests without a gang are not
 touched.
+
+vLLM has one entry point for the processors of both model runners, and wants another class for each. ``EnsembleLogitsProcessor`` is the one
+for the runner that ``VLLM_USE_V2_MODEL_RUNNER`` names when this module is imported; unset means V1. If vLLM then takes the other runner
+(without the variable it decides by itself), it refuses the class and does not start.
 """
 
 import functools
-import hmac
-import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,23 +25,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from credence.serve.config import TOKEN_VARIABLE
-from credence.serve.step_stats import StepStats
-from credence.serve.vllm_plugin.averaging import (
-    ChoiceRule,
-    average,
-    calibrated_log_prob,
-    choose_token,
-    constraint,
-    mean_log_normaliser,
-    penalise,
+from credence.serve.vllm_plugin.gang_member import GangMember, constrained
+from credence.serve.vllm_plugin.gang_step import (
+    Gang,
+    RecordQueue,
+    StatsFile,
+    attach,
+    average_gangs,
+    choice_rule,
+    validate_member,
+    write_before_output,
 )
-from credence.serve.vllm_plugin.gang_member import PREFIX, GangMember, constrained
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,6 +47,7 @@ class _Row:
 
     member: GangMember
     params: SamplingParams
+    file: StatsFile
     prompt: list[int]
     output: list[int]
 
@@ -57,28 +56,16 @@ class _Row:
         """Whether the row has to be kept before vLLM constrains it."""
         return self.member.index == 0 and not self.member.targets and constrained(self.params)
 
-    def rule(self) -> ChoiceRule:
-        p = self.params
-        return ChoiceRule(
-            seed=self.member.seed,
-            temperature=p.temperature,
-            top_k=p.top_k,
-            top_p=p.top_p,
-            min_p=p.min_p,
-            presence_penalty=p.presence_penalty,
-            frequency_penalty=p.frequency_penalty,
-            repetition_penalty=p.repetition_penalty,
-        )
 
-
-class EnsembleLogitsProcessor(LogitsProcessor):
+class EnsembleLogitsProcessorV1(LogitsProcessor):
     """Averages every complete gang, chooses its token, records the scores and forces the token on all its members."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         del vllm_config, device, is_pin_memory
         self._rows: dict[int, _Row] = {}
         self._gangs: list[list[int]] | None = []
-        self._stats: dict[str, StepStats | None] = {}
+        self.queue = RecordQueue()
+        """Records of this step that have not left the device."""
         self.discarded: NDArray[np.bool_] | None = None
         """Rows of this step whose token vLLM throws away (unfinished prompts); set by the model runner's hook before ``apply``."""
         self._raw: dict[int, Tensor] | None = None
@@ -91,23 +78,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         Raises:
             ValueError: if a ``credence_`` key comes without the server's token, or does not form a valid gang member.
         """
-        extra_args = sampling_params.extra_args or {}
-        if not any(isinstance(key, str) and key.startswith(PREFIX) for key in extra_args):
-            return
-        expected, given = os.environ.get(TOKEN_VARIABLE, ""), extra_args.get(PREFIX + "token")
-        authentic = isinstance(given, str) and hmac.compare_digest(given.encode(), expected.encode())
-        if not expected or not authentic:
-            raise ValueError(f"vllm_xargs: keys that begin with {PREFIX!r} are reserved for the server; remove them")
-        member = GangMember.from_extra_args(extra_args)
-        if sampling_params.n != 1:
-            raise ValueError(f"a gang member has n = 1, got n = {sampling_params.n}: use one gang for each completion")
-        if member is not None and member.index > 0 and constrained(sampling_params):
-            raise ValueError(
-                f"member {member.index} of a gang carries a constraint (logit_bias, allowed_token_ids, bad_words, min_tokens or structured "
-                "output); only member 0 may"
-            )
-        if member is not None and member.targets and sampling_params.max_tokens != 1:
-            raise ValueError(f"a scoring gang has max_tokens = 1, got {sampling_params.max_tokens}")
+        validate_member(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
         """Averaging changes the most likely token, so greedy requests need it too."""
@@ -125,7 +96,9 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             self._rows.pop(index, None)
             member = GangMember.from_extra_args(params.extra_args)
             if member is not None:
-                self._rows[index] = _Row(member=member, params=params, prompt=prompt or [], output=output)
+                self._rows[index] = _Row(
+                    member=member, params=params, file=StatsFile(member), prompt=prompt or [], output=output
+                )
         for source, target, direction in batch_update.moved:
             moved, displaced = self._rows.pop(source, None), self._rows.pop(target, None)
             if moved is not None:
@@ -134,7 +107,6 @@ class EnsembleLogitsProcessor(LogitsProcessor):
                 self._rows[source] = displaced
         if self._rows != before:
             self._gangs = None
-            self._close_stats({row.member.gang for row in self._rows.values()})
 
     def keep_raw_rows(self, logits: Tensor) -> None:
         """Keeps the leaders' rows that vLLM is about to constrain, [rows, V]; the first call of a step counts."""
@@ -151,61 +123,22 @@ class EnsembleLogitsProcessor(LogitsProcessor):
 
     def apply(self, logits: Tensor) -> Tensor:
         """Replaces the rows of every complete gang, in place, by its one token (0 there, -inf elsewhere)."""
-        if not self._rows:
-            return logits
-        by_size: dict[int, list[list[int]]] = {}
-        for gang in self._ready_gangs():
-            by_size.setdefault(len(gang), []).append(gang)
-        for size, gangs in by_size.items():
-            self._apply_gangs(logits, gangs, size)
+        for records in average_gangs(logits, [self._gang(rows) for rows in self._ready_gangs()]):
+            self.queue.put(records)
         return logits
 
-    def _apply_gangs(self, logits: Tensor, gangs: list[list[int]], size: int) -> None:
-        rows = torch.tensor(gangs, device=logits.device)
-        members = logits[rows.view(-1)].view(len(gangs), size, -1)
-        raw = {position: (self._raw or {}).get(gang[0]) for position, gang in enumerate(gangs)}
-        for position, row in raw.items():
-            if row is not None:
-                members[position, 0] = row
-        averaged = average(members)
-        mean = averaged.scores.mean_log_probs
-        tokens = torch.zeros(len(gangs), dtype=torch.int64, device=logits.device)
-        impossible = set()
-        for position, gang in enumerate(gangs):
-            leader = self._rows[gang[0]]
-            rule, step, scores, row = leader.rule(), len(leader.output), mean[position], raw[position]
-            if rule.penalised:
-                scores = scores + mean_log_normaliser(members[position])
-            if row is not None:
-                scores = scores + constraint(row, logits[gang[0]])
-                if not scores.max() > -torch.inf:
-                    impossible.add(position)
-                    continue
-            if rule.penalised:
-                scores = penalise(scores, rule, leader.prompt, leader.output)
-            tokens[position] = choose_token(scores, rule, step)
-        records, chosen = averaged.record(tokens), tokens.tolist()
-        top_tokens, top_log_probs = averaged.top(max(self._rows[gang[0]].member.num_top for gang in gangs))
-        # Not a distribution (NaN logits, or every token masked): leave such a gang alone and unrecorded.
-        broken = impossible | {position for position, record in enumerate(records) if np.isnan(record[:5]).any()}
-        if broken:
-            logger.error("%d gangs have logits that are no distribution in this step", len(broken))
-        for position in sorted(set(range(len(gangs))) - broken):
-            leader = self._rows[gangs[position][0]]
-            calibrated = calibrated_log_prob(
-                mean[position], chosen[position], leader.member.temperature, leader.member.support
-            )
-            top = leader.member.num_top
-            self._write(
-                leader,
-                chosen[position],
-                records[position],
-                calibrated,
-                top_tokens[position][:top],
-                top_log_probs[position][:top],
-            )
-            logits[rows[position]] = -torch.inf
-            logits[rows[position], tokens[position]] = 0.0
+    def _gang(self, rows: list[int]) -> Gang:
+        leader = self._rows[rows[0]]
+        return Gang(
+            rows=rows,
+            leader=leader.member,
+            rule=choice_rule(leader.member, leader.params),
+            step=len(leader.output),
+            file=leader.file,
+            prompt=leader.prompt,
+            output=leader.output,
+            raw=(self._raw or {}).get(rows[0]),
+        )
 
     def _ready_gangs(self) -> list[list[int]]:
         """Rows of the gangs to average now, ordered by member."""
@@ -227,46 +160,12 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         members = [self._rows[index].member for index in rows]
         return [member.index for member in members] == list(range(members[0].num_samples))
 
-    def _write(
-        self,
-        leader: _Row,
-        token: int,
-        record: list[float],
-        calibrated: float,
-        top_tokens: list[int],
-        top_log_probs: list[float],
-    ) -> None:
-        """Writes a record. A file that is gone (the request has been aborted) or full must not hurt the engine: say so once per gang."""
-        member = leader.member
-        if not member.stats:
-            return
-        try:
-            if member.gang not in self._stats:
-                self._stats[member.gang] = StepStats.open(member.stats)
-            stats = self._stats[member.gang]
-            if stats is not None:
-                log_prob, total, aleatoric, epistemic, variation_ratio, *members = record
-                scores = (log_prob, total, aleatoric, epistemic, variation_ratio, members)
-                stats.write(len(leader.output), token, *scores, calibrated, top_tokens, top_log_probs)
-        except (OSError, ValueError) as error:
-            logger.warning("no statistics for gang %s: %s", member.gang, error)
-            self._close(member.gang)
-            self._stats[member.gang] = None
-
-    def _close_stats(self, running: set[str]) -> None:
-        for gang in self._stats.keys() - running:
-            self._close(gang)
-
-    def _close(self, gang: str) -> None:
-        stats = self._stats.pop(gang, None)
-        if stats is not None:
-            stats.close()
-
 
 def install_hooks() -> None:
     """Lets vLLM's model runner call our processors before it masks and samples. Safe to call twice.
 
-    They hear which rows' tokens vLLM will throw away, and see the logits before a grammar, and before the sampler.
+    They hear which rows' tokens vLLM will throw away, and see the logits before a grammar, and before the sampler. Their records
+    are written before the tokens of the step leave the worker.
 
     Raises:
         RuntimeError: if this vLLM's model runner lacks what is hooked here.
@@ -275,10 +174,12 @@ def install_hooks() -> None:
 
     runner = gpu_model_runner.GPUModelRunner
     sample, mask = getattr(runner, "_sample", None), getattr(gpu_model_runner, "apply_grammar_bitmask", None)
-    if sample is None or mask is None:
+    finish = getattr(runner, "sample_tokens", None)
+    if sample is None or mask is None or finish is None:
         raise RuntimeError(
-            "this vLLM has no GPUModelRunner._sample or no apply_grammar_bitmask: it is not a supported version"
+            "this vLLM has no GPUModelRunner._sample, .sample_tokens or no apply_grammar_bitmask: it is not a supported version"
         )
+    write_before_output(gpu_model_runner.AsyncGPUModelRunnerOutput)
     if getattr(sample, "credence_hook", False):
         return
 
@@ -303,11 +204,34 @@ def install_hooks() -> None:
             processor.keep_raw_rows(logits)
         mask(scheduler_output, grammar_output, input_batch, logits, *args, **kwargs)
 
+    @functools.wraps(finish)
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = finish(self, *args, **kwargs)
+        for processor in _processors(self.input_batch):
+            attach(output, processor.queue.take())
+        return output
+
     _sample.credence_hook = True  # type: ignore[attr-defined]
     runner._sample = _sample
+    runner.sample_tokens = sample_tokens
     gpu_model_runner.apply_grammar_bitmask = apply_grammar_bitmask
 
 
-def _processors(input_batch: Any) -> list[EnsembleLogitsProcessor]:
+def _processors(input_batch: Any) -> list[EnsembleLogitsProcessorV1]:
     processors = input_batch.logitsprocs.non_argmax_invariant
-    return [processor for processor in processors if isinstance(processor, EnsembleLogitsProcessor)]
+    return [processor for processor in processors if isinstance(processor, EnsembleLogitsProcessorV1)]
+
+
+def _adapter() -> Any:
+    if not envs.VLLM_USE_V2_MODEL_RUNNER:
+        return EnsembleLogitsProcessorV1
+    from credence.serve.vllm_plugin.logits_processor_v2 import EnsembleLogitsProcessorV2
+
+    return EnsembleLogitsProcessorV2
+
+
+_Adapter: Any = _adapter()
+
+
+class EnsembleLogitsProcessor(_Adapter):
+    """What vLLM loads: the adapter to its model runner."""

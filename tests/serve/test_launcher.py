@@ -85,6 +85,20 @@ def test_the_environment_carries_the_configuration(monkeypatch: pytest.MonkeyPat
         os.environ.pop(name)
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "0"), ("", "0"), ("0", "0"), ("1", "1")])
+def test_the_second_model_runner_has_to_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
+) -> None:
+    for name in (CONFIG_VARIABLE, "CREDENCE_PLUGIN_TOKEN", "VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER"):
+        monkeypatch.setenv(name, "")
+    if given is None:
+        monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    else:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", given)
+    launcher.set_environment(config(), [])
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == used
+
+
 def test_plugin_without_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
     with pytest.raises(ConfigurationError, match="credence serve"):

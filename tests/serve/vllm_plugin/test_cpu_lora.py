@@ -97,8 +97,9 @@ def test_linear_layers_match_the_slow_reference(slots: list[int], scale: float) 
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("slots", [MAPPINGS["uneven, with base rows"], MAPPINGS["lock-step decode"]])
-def test_bfloat16_is_no_less_accurate_than_vllms_ops(slots: list[int]) -> None:
+@pytest.mark.parametrize("name", ["uneven, with base rows", "lock-step decode", "prefill", "one row", "one adapter"])
+def test_bfloat16_is_no_less_accurate_than_vllms_ops(name: str) -> None:
+    slots = MAPPINGS[name]
     (y, x), (a, b) = inputs(len(slots), torch.bfloat16), weights(torch.bfloat16)
     expected = slow(y, x, a, b, 1.0, slots)
     ours, stock = y.clone(), y.clone()
@@ -111,6 +112,56 @@ def test_bfloat16_is_no_less_accurate_than_vllms_ops(slots: list[int]) -> None:
     torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=0.25)
     base = [row for row, slot in enumerate(slots) if slot < 0]
     assert torch.equal(ours[base], y[base])
+
+
+@pytest.mark.parametrize("name", ["lock-step decode", "prefill", "uneven, with base rows"])
+@pytest.mark.parametrize("scale", [1.0, 0.375])
+def test_few_and_many_rows_give_the_same_bfloat16(name: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways of computing low precision differ by their roundings only."""
+    from credence.serve.vllm_plugin import cpu_lora
+
+    slots = MAPPINGS[name]
+    (y, x), (a, b) = inputs(len(slots), torch.bfloat16), weights(torch.bfloat16)
+    results = []
+    for few in (0, 1000):
+        monkeypatch.setattr(cpu_lora, "FEW_ROWS", few)
+        result = y.clone()
+        wrapper("ours", slots).add_lora_linear(result, x, a, b, scale, SLICES)
+        results.append(result)
+    torch.testing.assert_close(*results, rtol=2e-2, atol=0.25)
+
+
+def test_rows_of_another_type_than_the_output() -> None:
+    """vLLM keeps a float32 buffer between the factors of sharded layers."""
+    slots = MAPPINGS["prefill"]
+    (y, x), (a, b) = inputs(len(slots), torch.bfloat16), weights(torch.bfloat16)
+    ours = wrapper("ours", slots)
+    buffers, start = torch.zeros((len(SLICES), len(slots), MAX_RANK)), y.clone()
+    ours.add_shrink(buffers, x, a, 1.0)
+    expected = slow(y, x, a, b, 1.0, slots)
+    ours.add_expand(y, buffers, b, SLICES)
+    # The delta and the sum are rounded to 8 bits, the numbers between the factors are not.
+    error, delta = (y.double() - expected).abs(), (expected - start.double()).abs()
+    assert (error <= 2**-8 * 1.01 * (delta + expected.abs()) + 1e-4).all()
+
+
+def test_the_layout_of_b_changes_and_nothing_else() -> None:
+    from credence.serve.vllm_plugin.cpu_lora import lay_out_for_expansion
+
+    b = torch.randn(SLOTS, 1, 10, 3)
+    original, before = b, b.clone()
+    assert lay_out_for_expansion(b) is original
+    assert torch.equal(b, before) and b.shape == before.shape and b.stride()[2:] == (1, 10)
+    memory = b.data_ptr()
+    assert lay_out_for_expansion(b).data_ptr() == memory
+    # What vLLM does to load an adapter of rank 2 into slot 3, and to empty slot 0.
+    loaded = torch.randn(10, 2)
+    b[3, 0, : loaded.shape[0], : loaded.shape[1]].copy_(loaded)
+    b[0] = 0
+    before[3, 0, :, :2] = loaded
+    before[0] = 0
+    assert torch.equal(b, before)
+    assert lay_out_for_expansion(torch.randn(SLOTS, 1, 10, 1)).is_contiguous()
 
 
 def test_without_the_patch_base_rows_get_another_adapters_weights() -> None:

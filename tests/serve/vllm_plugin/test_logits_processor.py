@@ -1,5 +1,6 @@
 """credence.serve.vllm_plugin.logits_processor: the persistent batch, which gangs are averaged, records, and who may form a gang."""
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,41 @@ def test_the_hooks_see_the_logits_before_the_grammar_and_forget_them_after_the_s
     assert target._raw is None
 
 
+def test_records_that_are_still_on_the_device_are_written_before_the_tokens_leave_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asynchronous scheduling: sample_tokens returns at once, and vLLM asks its output for the tokens later, in another thread."""
+    from types import SimpleNamespace
+
+    from vllm.v1.worker import gpu_model_runner
+
+    from credence.serve.vllm_plugin import gang_step
+    from credence.serve.vllm_plugin.logits_processor import install_hooks
+
+    class Output:
+        def get_output(self) -> int:
+            return len(stats.read(1).missing)
+
+    def sample_tokens(self: Any, grammar_output: Any) -> Output:
+        target.apply(random_logits(2))
+        return Output()
+
+    stats, waited = StepStats.create(tmp_path / "g", 2, 1), []
+    copied = SimpleNamespace(synchronize=lambda: waited.append(True))
+    monkeypatch.setattr(gang_step, "copy_to_host", lambda columns: (columns, copied))
+    monkeypatch.setattr(gpu_model_runner, "AsyncGPUModelRunnerOutput", Output)
+    monkeypatch.setattr(gpu_model_runner, "apply_grammar_bitmask", lambda *_: None)
+    monkeypatch.setattr(gpu_model_runner.GPUModelRunner, "_sample", lambda *_: None)
+    monkeypatch.setattr(gpu_model_runner.GPUModelRunner, "sample_tokens", sample_tokens)
+    install_hooks()
+    target = processor()
+    add(target, {row: params("g", 2, row, stats=stats.path) for row in range(2)})
+    runner = SimpleNamespace(input_batch=SimpleNamespace(logitsprocs=SimpleNamespace(non_argmax_invariant=[target])))
+    output = gpu_model_runner.GPUModelRunner.sample_tokens(runner, None)
+    assert not waited and stats.read(1).missing.size == 1
+    assert output.get_output() == 0 and waited == [True]
+
+
 def test_a_gang_of_one() -> None:
     target, logits = processor(), random_logits(1)
     add(target, {0: params("g", 1, 0)})
@@ -344,15 +380,17 @@ def test_more_steps_than_the_file_has_do_not_stop_the_engine(tmp_path: Path, cap
     assert not stats.read(1).missing.size
 
 
-def test_files_are_closed_when_the_gang_leaves_and_opened_again_when_it_resumes(tmp_path: Path) -> None:
+def test_no_file_stays_open_and_a_resumed_gang_goes_on_in_its_file(tmp_path: Path) -> None:
     stats = StepStats.create(tmp_path / "gang", 2, 4)
     target = processor()
     rows = {row: params("g", 2, row, stats=stats.path) for row in range(2)}
     outputs = add(target, rows)
     target.apply(random_logits(2))
-    assert set(target._stats) == {"g"}
+    held = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if name.isdigit()
+            if os.path.exists(f"/proc/self/fd/{name}")]  # fmt: skip
+    assert held.count(stats.path) == 1, "the reader's own descriptor, and none of the worker's"
     remove(target, 0, 1)
-    assert target._stats == {} and target._rows == {}
+    assert target._rows == {}
     for output in outputs.values():
         output.append(3)
     # Resumed after preemption: the output is recomputed as part of the prompt, the step goes on where it was.
