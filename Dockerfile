@@ -8,6 +8,7 @@ FROM vllm/vllm-openai:v0.32.0
 WORKDIR /opt/credence
 COPY pyproject.toml README.md LICENSE ./
 COPY adapters adapters
+COPY benchmarks benchmarks
 COPY cli cli
 COPY clients clients
 COPY demo demo

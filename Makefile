@@ -16,7 +16,7 @@ NO_DEPS = --no-deps
 endif
 TORCH = $(shell grep '^torch==' requirements/cpu.txt)
 READY = $(VENV)/.ready
-PACKAGES = adapters clients cli demo serve training
+PACKAGES = adapters benchmarks clients cli demo serve training
 
 .PHONY: setup demo test check format bench clean
 
@@ -46,14 +46,14 @@ check: setup .typecheck/credence
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	MYPYPATH=.typecheck $(VENV)/bin/mypy -p credence.adapters -p credence.serve -p credence.clients -p credence.cli
-	MYPYPATH=.typecheck $(VENV)/bin/mypy --allow-untyped-calls --allow-any-generics --allow-subclassing-any -p credence.training -p credence.demo
+	MYPYPATH=.typecheck $(VENV)/bin/mypy --allow-untyped-calls --allow-any-generics --allow-subclassing-any -p credence.training -p credence.demo -p credence.benchmarks
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 bench: setup
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python benchmarks/k_latency.py
+	HF_HUB_OFFLINE=1 $(VENV)/bin/credence bench k-curve
 
 clean:
 	rm -rf .venv .typecheck build dist *.egg-info demo/out .pytest_cache .mypy_cache .ruff_cache .hypothesis

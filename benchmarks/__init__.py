@@ -1,0 +1,1 @@
+"""Measurements behind `credence bench`, and the scripts whose results lie in ``benchmarks/results``."""
