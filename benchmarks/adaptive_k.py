@@ -33,7 +33,8 @@ def ask(client: Client, fact: Fact, mode: str, n_samples: Any, threshold: float 
     if mode == "choices":
         prompt = f"{fact.prompt} {fact.relation.leads[0]}"
         options = {"choices": [f" {answer}" for answer in fact.relation.answers]}
-    auto = {"stop_confidence": confidence} if n_samples == "auto" else {}
+    if n_samples == "auto":
+        options["stop_confidence"] = confidence
     answer = client.complete(
         prompt,
         model="demo",
@@ -44,7 +45,6 @@ def ask(client: Client, fact: Fact, mode: str, n_samples: Any, threshold: float 
         max_tokens=4,
         temperature=0.0,
         **options,
-        **auto,
     )
     assert answer.uncertainty is not None
     scores = answer.uncertainty
