@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 from credence.clients import Client
+from credence.clients.types import Mode
 from credence.demo.base_model import MODEL_DIR
 from credence.demo.server import Server, credence_command, free_port
 from credence.demo.world import Fact, World
@@ -27,7 +28,7 @@ CONFIDENCES = (0.8, 0.95, 0.99)
 RESULTS = Path(__file__).parent / "results"
 
 
-def ask(client: Client, fact: Fact, mode: str, n_samples: Any, threshold: float | None, confidence: float) -> Any:
+def ask(client: Client, fact: Fact, mode: Mode, n_samples: Any, threshold: float | None, confidence: float) -> Any:
     """One question; its uncertainty and its decision."""
     prompt, options = fact.prompt, dict[str, Any]()
     if mode == "choices":
@@ -53,7 +54,7 @@ def ask(client: Client, fact: Fact, mode: str, n_samples: Any, threshold: float 
     return scores.n_effective, computed, (answer.text, scores.flag)
 
 
-def compare(client: Client, facts: Sequence[Fact], mode: str, threshold: float | None) -> list[dict[str, Any]]:
+def compare(client: Client, facts: Sequence[Fact], mode: Mode, threshold: float | None) -> list[dict[str, Any]]:
     """Rows of the table: one for each stop_confidence."""
 
     def all_of(n_samples: Any, confidence: float) -> list[Any]:
