@@ -18,7 +18,7 @@ from statistics import mean
 from typing import Any
 
 from credence.clients import Client
-from credence.clients.types import Mode
+from credence.clients.requests import Mode
 from credence.demo.base_model import MODEL_DIR
 from credence.demo.server import Server, credence_command, free_port
 from credence.demo.world import Fact, World
