@@ -132,6 +132,13 @@ def running(pid: int) -> bool:
         return False
 
 
+on_request = pytest.mark.skipif(
+    not os.environ.get("CREDENCE_TEST_BENCH"),
+    reason="starts and loads several servers for minutes and needs a quiet machine; set CREDENCE_TEST_BENCH=1 to run it",
+)
+
+
+@on_request
 @pytest.mark.engine
 @pytest.mark.slow
 def test_k_curve_against_real_servers(tmp_path: Path) -> None:
@@ -154,6 +161,7 @@ def test_k_curve_against_real_servers(tmp_path: Path) -> None:
     assert two["hf_loop_cpu_ms"] > 0 and two["token_samples_p50_ms"] > 0 and two["requests_per_s_8"] > 0
 
 
+@on_request
 @pytest.mark.engine
 @pytest.mark.slow
 def test_sigterm_stops_the_servers(tmp_path: Path) -> None:
