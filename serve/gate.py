@@ -146,13 +146,11 @@ class Gate:
     ) -> Answer | EventStream:
         try:
             return await backend.answer(path, body, options, scope)
-        except ServeError as error:
-            if error.status >= 500:
-                logger.warning("An uncertainty request failed: %s", error.message)
-            raise
         except Exception as error:
             translated = backend.error_of(error)
-            if translated.status >= 500:
+            if translated.status >= 500 and isinstance(error, ServeError):
+                logger.warning("An uncertainty request failed: %s", error.message)
+            elif translated.status >= 500:
                 logger.exception("An uncertainty request failed")
             raise translated from error
 

@@ -36,7 +36,7 @@ from credence.adapters import load_artifact
 from credence.serve.config import ServeConfig, from_environment
 from credence.serve.engine import EngineLimits
 from credence.serve.ensemble import EnsembleService, Plan, ServedAdapter
-from credence.serve.errors import BadRequest, ConfigurationError, NotFound, ServeError, Unavailable
+from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, NotFound, ServeError, Unavailable
 from credence.serve.gate import SCORE_PATH, Answer, EventStream, Gate, Scope
 from credence.serve.metrics import Metrics
 from credence.serve.schemas import Uncertainty, UncertaintyOptions
@@ -382,7 +382,14 @@ class VllmBackend:
             self.metrics.flagged.labels(name).inc()
 
     def error_of(self, error: Exception) -> ServeError:
-        """vLLM's own translation of its exceptions, in our error class."""
+        """vLLM's own translation of its exceptions, in our error class.
+
+        A draining engine turns away members that reach it late; the request came before the drain and can be sent elsewhere.
+        """
+        if self.draining and isinstance(error, EnsembleFailed):
+            return Unavailable("the server is shutting down; send the request to another replica", reason="draining")
+        if isinstance(error, ServeError):
+            return error
         if isinstance(error, EngineDeadError):
             return Unavailable("the engine has stopped; send the request to another replica", reason="draining")
         if isinstance(error, (VLLMError, ValueError)):

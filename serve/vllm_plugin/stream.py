@@ -66,7 +66,7 @@ class AnswerStream:
             for late in self._late():
                 yield late
         except Exception as error:
-            failure = self._backend.error_of(error) if not isinstance(error, ServeError) else error
+            failure = self._backend.error_of(error)
             if failure.status >= 500:
                 logger.exception("An uncertainty stream failed")
             yield _event(failure.body())

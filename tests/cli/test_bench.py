@@ -121,7 +121,7 @@ def test_a_run_writes_its_page_its_picture_and_its_json(
     assert page.read_text() in outcome.out
     assert picture.read_bytes().startswith(b"\x89PNG")
     document = json.loads(result.read_text())
-    assert document["rows"][1]["cpu_ms"] == 30.0 and document["command"].startswith("credence ")
+    assert document["rows"][1]["cpu_ms"] == 30.0 and document["command"].startswith("credence")
 
 
 def running(pid: int) -> bool:

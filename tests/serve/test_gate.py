@@ -51,7 +51,7 @@ class FakeBackend:
         return Answer(body={"id": "cmpl-1", "choices": [{"uncertainty": {"total": 0.5}}]}, num_samples=k)
 
     def error_of(self, error: Exception) -> ServeError:
-        return ServeError(f"translated {error}")
+        return error if isinstance(error, ServeError) else ServeError(f"translated {error}")
 
     def count(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0

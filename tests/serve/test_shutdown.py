@@ -55,7 +55,12 @@ def fresh_server(model_path: Path, artifacts: dict[str, Artifact], tmp_path: Pat
 
 def test_sigterm_lets_running_ensembles_finish_and_refuses_new_ones(fresh_server: Server) -> None:
     load = Load(fresh_server, [{**BODY, "uncertainty": {"n_samples": 8}}] * 3 + [BODY] * 2)
-    time.sleep(0.5)
+    in_engine = 0
+    while in_engine < 3 * 8 + 2:  # what reaches the engine after the signal is turned away
+        rows = fresh_server.client.get("/metrics").text.splitlines()
+        counts = [row for row in rows if row.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{"))]
+        in_engine = sum(int(float(row.rpartition(" ")[2])) for row in counts)
+        assert not load.answers, "answered before the signal: ask for more tokens"
     children = psutil.Process(fresh_server.process.pid).children(recursive=True)
     assert len(children) >= 2, "the engine and its worker"
     fresh_server.process.send_signal(signal.SIGTERM)
