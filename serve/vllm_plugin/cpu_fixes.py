@@ -1,4 +1,4 @@
-"""Two repairs of vLLM 0.32's model runner on CPU, for every request, not only ours.
+"""Four repairs of vLLM 0.32 on CPU, for every request, not only ours.
 
 1. ``SamplingParams.seed`` with a prompt that is prefilled in chunks. vLLM samples a token for every row of every
    step and throws away those of unfinished prompts; to leave no trace it winds the request's generator back by
@@ -8,19 +8,30 @@
 2. ``prompt_logprobs`` where the output layer takes LoRA. vLLM computes the logits of all prompt positions of a
    request with the mapping "one row per request", which fails, or picks another request's adapter. Here the
    request is named while its prompt logits are computed.
+3. The engine process and the worker wait for one another in a loop that never sleeps within a second of the last message, so
+   while the worker computes, the engine process keeps a second core busy with nothing. Here the loop naps between two looks.
+   (vLLM's own idle mode waits for a wake-up message instead, and misses some when steps follow one another closely.)
+4. vLLM looks through the attributes of every loaded module, and fails on llvmlite, which numba loads: its library object returns
+   a function for any name, ``__dict__`` included.
 """
 
 import contextlib
 import functools
+import time
 from typing import Any
+
+NAP_S = 2e-4
+"""How long a process sleeps between two looks at the queue, seconds; a step takes milliseconds."""
 
 
 def install() -> None:
-    """Repairs vLLM's model runner class in this process. Safe to call twice.
+    """Repairs vLLM's model runner and message queue in this process. Safe to call twice.
 
     Raises:
-        RuntimeError: if this vLLM's model runner does not have the methods repaired here.
+        RuntimeError: if this vLLM's classes do not have what is repaired here.
     """
+    _nap_while_waiting()
+    _hide_special_names_of_llvmlite()
     # The CPU runner inherits these methods. They are wrapped where they are defined, where other hooks wrap them too, in any order.
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -33,6 +44,30 @@ def install() -> None:
     GPUModelRunner._bookkeeping_sync = _restoring_generators(GPUModelRunner._bookkeeping_sync)
     GPUModelRunner._get_prompt_logprobs_dict = _one_request_at_a_time(GPUModelRunner._get_prompt_logprobs_dict)
     GPUModelRunner.credence_fixes = True
+
+
+def _nap_while_waiting() -> None:
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    if not hasattr(shm_broadcast, "sched_yield"):
+        raise RuntimeError("this vLLM's message queue does not wait by sched_yield: it is not a supported version")
+    shm_broadcast.sched_yield = functools.partial(time.sleep, NAP_S)
+
+
+def _hide_special_names_of_llvmlite() -> None:
+    from llvmlite.binding import ffi
+
+    original = ffi._lib_wrapper.__getattr__
+    if getattr(original, "credence_fix", False):
+        return
+
+    def __getattr__(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return original(self, name)
+
+    __getattr__.credence_fix = True  # type: ignore[attr-defined]
+    ffi._lib_wrapper.__getattr__ = __getattr__
 
 
 def _keeping_generators(original: Any) -> Any:

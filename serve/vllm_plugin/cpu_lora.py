@@ -1,117 +1,182 @@
-"""LoRA on CPU: a grouped dense product instead of vLLM's gather per token, and correct for rows without an adapter.
+"""LoRA on CPU: grouped dense products instead of vLLM's gather per token, and correct for rows without an adapter.
 
 vLLM 0.32's CPU path copies both factors of the adapter once per token and marks rows without an adapter by index
 -1, which the torch ops read as the last slot: once every slot is full, base rows silently get another adapter's
-weights. Here the rows of a step are sorted by adapter once; rows with -1 are in no group and stay untouched, and
-one adapter's numbers (NaN included) never meet another's rows.
+weights. Here the rows of a step are split into runs of one adapter; rows with -1 are in no run and stay untouched, and
+one adapter's numbers (NaN included) never meet another's rows. Short runs, as in every decoding step, go through the
+compiled ``cpu_lora_kernel``; long ones, as in a prompt, through torch's batched product.
 
-Shape suffixes: T rows (tokens), S slots, r rank, G adapters of one group, C rows of each of them.
+Shape suffixes: T rows (tokens), S slots, r rank, G runs of one group, C rows of each of them.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from credence.serve.vllm_plugin import cpu_fixes
+from credence.serve.vllm_plugin import cpu_fixes, cpu_lora_kernel
 
-FEW_ROWS = 4
-"""Up to so many rows of an adapter, converting bfloat16 to float32 is cheaper than the setup of a bfloat16 product."""
+FEW_ROWS = 8
+"""Up to so many neighbouring rows of an adapter the compiled loop, which takes them one by one, is faster than torch's product."""
+
+FEW_THREADS = 2
+"""Up to so many compute threads that holds for any size: the loop runs on one thread, torch's product on all."""
+
+LITTLE_WORK = 1 << 19
+"""With more threads, up to so many numbers of A and B, which take less than the setup of torch's product."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowGroup:
-    """Adapters in consecutive slots that have equally many rows: one batched product without padding.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RunGroup:
+    """Neighbouring runs of C rows each, every run of one adapter: one batched product without padding.
 
     Attributes:
-        slots: the slots first_slot..first_slot + G - 1.
+        slots: [G], the adapters; a slice where they are consecutive.
         num_rows: C.
-        rows: [G * C], rows of the step, adapter by adapter.
-        span: the same rows as a slice where they are consecutive, else None.
+        span: the G * C rows of the step.
     """
 
-    slots: slice
+    slots: slice | Tensor
     num_rows: int
+    span: slice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepRows:
+    """The rows of a step that have an adapter.
+
+    Attributes:
+        short: groups with C <= FEW_ROWS.
+        long: the others.
+        rows: [R], the rows of ``short``.
+        slots: [R], their adapters.
+    """
+
+    short: list[RunGroup]
+    long: list[RunGroup]
     rows: Tensor
-    span: slice | None
+    slots: Tensor
 
 
-def group_rows(slots_T: Tensor) -> list[RowGroup]:
-    """Sorts the rows of a step by adapter.
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraProduct:
+    """Factors of one product for all slots, and the columns it is added to.
+
+    Attributes:
+        start: first column.
+        factors: matrices [S, 1, n, m] or [S, n, m], applied in order.
+        arrays: A [S, r, n] and B transposed [S, r, m] as the compiled loop reads them, or None where it does not apply.
+    """
+
+    start: int
+    factors: tuple[Tensor, ...]
+    arrays: tuple[Any, Any] | None = None
+
+
+def lora_product(start: int, lora_a: Tensor, lora_b: Tensor) -> LoraProduct:
+    """The product x A^T B^T.
+
+    Args:
+        lora_a: [S, 1, r, n].
+        lora_b: [S, 1, m, r]; its memory is laid out anew, its values stay.
+    """
+    lora_b = lay_out_for_expansion(lora_b)
+    a, b_transposed = lora_a[:, 0], lora_b[:, 0].transpose(1, 2)
+    arrays = None
+    if a.dtype == b_transposed.dtype and a.dtype in cpu_lora_kernel.DTYPES:
+        if a.is_contiguous() and b_transposed.is_contiguous():
+            cpu_lora_kernel.prepare(a.dtype)
+            arrays = (cpu_lora_kernel.as_array(a), cpu_lora_kernel.as_array(b_transposed))
+    return LoraProduct(start, (lora_a, lora_b), arrays)
+
+
+def split_rows(slots_T: Tensor) -> StepRows:
+    """Splits the rows of a step into runs of one adapter.
 
     Args:
         slots_T: [T] int64, slot of each row; -1 = no adapter.
     """
-    with_adapter = torch.nonzero(slots_T >= 0).squeeze(1)
-    slots, counts = torch.unique(slots_T[with_adapter], return_counts=True)
-    order = with_adapter[torch.argsort(slots_T[with_adapter], stable=True)]
-    groups: list[RowGroup] = []
-    slot_list, count_list = slots.tolist(), counts.tolist()
-    first, offset = 0, 0
-    while first < len(slot_list):
-        last = first + 1
-        while last < len(slot_list) and (slot_list[last], count_list[last]) == (
-            slot_list[last - 1] + 1,
-            count_list[first],
-        ):
-            last += 1
-        size = (last - first) * count_list[first]
-        rows = order[offset : offset + size]
-        start = int(rows[0])
-        consecutive = torch.equal(rows, torch.arange(start, start + size))
-        groups.append(
-            RowGroup(
-                slots=slice(slot_list[first], slot_list[last - 1] + 1),
-                num_rows=count_list[first],
-                rows=rows,
-                span=slice(start, start + size) if consecutive else None,
-            )
-        )
-        first, offset = last, offset + size
-    return groups
+    slots, counts = (values.tolist() for values in torch.unique_consecutive(slots_T, return_counts=True))
+    groups: list[RunGroup] = []
+    run, start = 0, 0
+    while run < len(slots):
+        last = run + 1
+        if slots[run] >= 0:
+            while last < len(slots) and slots[last] >= 0 and counts[last] == counts[run]:
+                last += 1
+            span = slice(start, start + (last - run) * counts[run])
+            groups.append(RunGroup(slots=_indices(slots[run:last]), num_rows=counts[run], span=span))
+        start += (last - run) * counts[run]
+        run = last
+    short = [group for group in groups if group.num_rows <= FEW_ROWS]
+    rows = torch.cat([torch.arange(0), *(torch.arange(group.span.start, group.span.stop) for group in short)])
+    return StepRows(
+        short=short,
+        long=[group for group in groups if group.num_rows > FEW_ROWS],
+        rows=rows,
+        slots=slots_T[rows],
+    )
 
 
-def add_products(
-    y: Tensor, x: Tensor, products: Sequence[tuple[int, Sequence[Tensor]]], scale: float, groups: Sequence[RowGroup]
-) -> None:
+def _indices(slots: list[int]) -> slice | Tensor:
+    if slots == list(range(slots[0], slots[0] + len(slots))):
+        return slice(slots[0], slots[0] + len(slots))
+    return torch.tensor(slots)
+
+
+def add_products(y: Tensor, x: Tensor, products: Sequence[LoraProduct], scale: float, rows: StepRows) -> None:
     """Adds scale * x F_1^T F_2^T .. of each row's own adapter to columns of y, in place; rows without an adapter are not touched.
 
-    Dot products accumulate in float32. Between the factors, results are rounded to the type of y, as in vLLM's path, but not
-    where an adapter has few rows: those are computed in float32 altogether.
+    Dot products accumulate in float32. Between the factors, numbers are rounded to the type of y, as in vLLM's path, but not
+    in the compiled loop.
 
     Args:
         y: [T, n_out].
         x: [T, n_in].
-        products: first column, and matrices [S, 1, n, m] or [S, n, m] of all slots, applied in order.
-        groups: ``group_rows`` of the T rows.
+        rows: ``split_rows`` of the T rows.
     """
-    for group in groups:
-        rows = x[group.span] if group.span is not None else x.index_select(0, group.rows)
-        if x.dtype != torch.float32 and (group.num_rows <= FEW_ROWS or x.dtype != y.dtype):
-            rows = rows.float()
-        rows = rows.view(-1, group.num_rows, x.shape[1])
-        for start, factors in products:
-            part = rows
-            for factor in factors[:-1]:
-                part = _times_transposed(part, _of_group(factor, group, part.dtype))
-            # vLLM pads the vocabulary of base and adapter differently.
-            last = _of_group(factors[-1], group, part.dtype)[:, : y.shape[1] - start]
-            end = start + last.shape[1]
-            if group.span is not None and part.dtype == y.dtype:
-                target = y[group.span, start:end].view(-1, group.num_rows, last.shape[1])
-                target.baddbmm_(part, last.transpose(1, 2), alpha=scale)
-                continue
-            delta = _times_transposed(part, last).reshape(-1, last.shape[1])
-            if scale != 1.0:
-                delta = delta * scale
-            if group.span is not None:
-                y[group.span, start:end] += delta.to(y.dtype)
-            else:
-                y[:, start:end].index_add_(0, group.rows, delta.to(y.dtype))
+    for product in products:
+        compiled = _add_compiled(y, x, product, scale, rows)
+        for group in rows.long if compiled else (*rows.short, *rows.long):
+            _add_batched(y, x, product, scale, group)
+
+
+def _add_compiled(y: Tensor, x: Tensor, product: LoraProduct, scale: float, rows: StepRows) -> bool:
+    """Adds one product for the short runs by the compiled loop; False where torch's product is faster or the only one that can."""
+    if product.arrays is None or not x.dtype == y.dtype == product.factors[0].dtype:
+        return False
+    if not (x.is_contiguous() and y.is_contiguous()):
+        return False
+    a, b = product.arrays
+    if torch.get_num_threads() > FEW_THREADS and len(rows.rows) * (a[0].size + b[0].size) > LITTLE_WORK:
+        return False
+    if rows.short:
+        y_array, x_array = cpu_lora_kernel.as_array(y), cpu_lora_kernel.as_array(x)
+        indices = rows.rows.numpy(), rows.slots.numpy()
+        cpu_lora_kernel.add_product(y_array, x_array, a, b, *indices, product.start, np.float32(scale))
+    return True
+
+
+def _add_batched(y: Tensor, x: Tensor, product: LoraProduct, scale: float, group: RunGroup) -> None:
+    # Where vLLM keeps numbers of another type between the factors, float32 loses none of them.
+    dtype = x.dtype if x.dtype == y.dtype else torch.float32
+    part = x[group.span].to(dtype).view(-1, group.num_rows, x.shape[1])
+    for factor in product.factors[:-1]:
+        part = _times_transposed(part, _of_group(factor, group, dtype))
+    # vLLM pads the vocabulary of base and adapter differently.
+    last = _of_group(product.factors[-1], group, dtype)[:, : y.shape[1] - product.start]
+    target = y[group.span, product.start : product.start + last.shape[1]]
+    target = target.view(-1, group.num_rows, last.shape[1])
+    if dtype == y.dtype:
+        target.baddbmm_(part, last.transpose(1, 2), alpha=scale)
+    else:
+        target += (scale * _times_transposed(part, last)).to(y.dtype)
 
 
 def lay_out_for_expansion(factor: Tensor) -> Tensor:
@@ -127,9 +192,14 @@ def lay_out_for_expansion(factor: Tensor) -> Tensor:
     return factor
 
 
-def _of_group(factor: Tensor, group: RowGroup, dtype: torch.dtype) -> Tensor:
-    """The group's matrices, [G, n, m]."""
-    return (factor[group.slots, 0] if factor.ndim == 4 else factor[group.slots]).to(dtype)
+def _of_group(factor: Tensor, group: RunGroup, dtype: torch.dtype) -> Tensor:
+    """The group's matrices, [G, n, m], in the layout they have."""
+    matrices = factor[:, 0] if factor.ndim == 4 else factor
+    if isinstance(group.slots, slice):
+        return matrices[group.slots].to(dtype)
+    if matrices.is_contiguous():
+        return matrices.index_select(0, group.slots).to(dtype)
+    return matrices.transpose(1, 2).index_select(0, group.slots).to(dtype).transpose(1, 2)
 
 
 def _times_transposed(x_GCm: Tensor, matrix_Gnm: Tensor) -> Tensor:
@@ -144,12 +214,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._groups: dict[str, list[RowGroup]] = {}
+        self._rows: dict[str, StepRows] = {}
         self._prompt_request: int | None = None
+        self._products: dict[int, tuple[Any, list[LoraProduct]]] = {}
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(*args, **kwargs)
-        self._groups.clear()
+        self._rows.clear()
 
     @contextlib.contextmanager
     def prompt_rows_of(self, request: int) -> Iterator[None]:
@@ -173,12 +244,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        groups = self._token_groups(x.shape[0])
-        products, start = [], 0
-        for lora_a, lora_b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            products.append((start, (lora_a, lay_out_for_expansion(lora_b))))
-            start += size
-        add_products(y, x, products, scale, groups)
+        products = self._products_of(lora_a_stacked, lora_b_stacked, output_slices)
+        add_products(y, x, products, scale, self._token_rows(x.shape[0]))
 
     def add_shrink(
         self,
@@ -189,11 +256,11 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         x = x.view(-1, x.shape[-1])
-        groups = self._token_groups(x.shape[0])
+        rows = self._token_rows(x.shape[0])
         for position, lora_a in enumerate(lora_a_stacked):
             part = y[position].view(-1, y[position].shape[-1])
             part.zero_()
-            add_products(part, x, [(0, (lora_a,))], scale, groups)
+            add_products(part, x, [LoraProduct(0, (lora_a,))], scale, rows)
 
     def add_expand(
         self,
@@ -206,13 +273,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         y = y.view(-1, y.shape[-1])
-        groups = self._token_groups(y.shape[0])
+        rows = self._token_rows(y.shape[0])
         start = offset_start
         for position, (lora_b, size) in enumerate(zip(lora_b_stacked, output_slices, strict=True)):
             part = y[:, start : start + size]
             if not add_inputs:
                 part.zero_()
-            add_products(part, x[position], [(0, (lay_out_for_expansion(lora_b),))], 1.0, groups)
+            add_products(part, x[position], [LoraProduct(0, (lay_out_for_expansion(lora_b),))], 1.0, rows)
             start += size
 
     def add_lora_embedding(
@@ -220,7 +287,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     ) -> None:
         if not add_inputs:
             y.zero_()
-        add_products(y, x, [(0, (lora_b_stacked,))], 1.0, self._token_groups(x.shape[0]))
+        add_products(y, x, [LoraProduct(0, (lora_b_stacked,))], 1.0, self._token_rows(x.shape[0]))
 
     def add_lora_logits(
         self,
@@ -235,20 +302,32 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     ) -> None:
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if self._prompt_request is not None:
-            groups = group_rows(self.sampler_indices[self._prompt_request].expand(x.shape[0]))
+            rows = split_rows(self.sampler_indices[self._prompt_request].expand(x.shape[0]))
         else:
-            groups = self._cached_groups("sampler", self.sampler_indices, x.shape[0])
-        add_products(y, x, [(0, (lora_a_stacked, lora_b_stacked))], scale, groups)
+            rows = self._cached_rows("sampler", self.sampler_indices, x.shape[0])
+        products = self._products_of((lora_a_stacked,), (lora_b_stacked,), (y.shape[1],))
+        add_products(y, x, products, scale, rows)
 
-    def _token_groups(self, num_rows: int) -> list[RowGroup]:
-        return self._cached_groups("token", self.token_lora_indices, num_rows)
+    def _products_of(
+        self, lora_a_stacked: tuple[Tensor, ...], lora_b_stacked: tuple[Tensor, ...], output_slices: tuple[int, ...]
+    ) -> list[LoraProduct]:
+        """A layer's products; made once, as vLLM fills the same memory with every adapter."""
+        made = self._products.get(id(lora_a_stacked[0]))
+        if made is None or made[0] is not lora_a_stacked[0]:
+            starts = itertools.accumulate(output_slices, initial=0)
+            made = (lora_a_stacked[0], list(map(lora_product, starts, lora_a_stacked, lora_b_stacked)))
+            self._products[id(lora_a_stacked[0])] = made
+        return made[1]
 
-    def _cached_groups(self, kind: str, slots_T: Tensor, num_rows: int) -> list[RowGroup]:
+    def _token_rows(self, num_rows: int) -> StepRows:
+        return self._cached_rows("token", self.token_lora_indices, num_rows)
+
+    def _cached_rows(self, kind: str, slots_T: Tensor, num_rows: int) -> StepRows:
         if num_rows != slots_T.shape[0]:
             raise RuntimeError(f"LoRA on CPU got {num_rows} {kind} rows, the step has {slots_T.shape[0]}")
-        if kind not in self._groups:
-            self._groups[kind] = group_rows(slots_T)
-        return self._groups[kind]
+        if kind not in self._rows:
+            self._rows[kind] = split_rows(slots_T)
+        return self._rows[kind]
 
 
 def install() -> None:

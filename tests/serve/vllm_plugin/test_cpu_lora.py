@@ -1,8 +1,10 @@
 """credence.serve.vllm_plugin.cpu_lora and cpu_fixes: against a slow loop over rows, vLLM's own ops, and a real engine."""
 
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +87,8 @@ MAPPINGS = {
     "one base row": [-1],
     "only base rows": [-1] * 6,
     "one adapter": [3] * 9,
+    "prompts, slots out of order": [3] * 9 + [0] * 9 + [4] * 9 + [-1] * 9 + [1] * 11 + [2] * 9,
+    "prompts beside decoding": [0, 1, 2, 4, 4] + [3] * 12 + [1] * 12 + [-1] * 2 + [2] * 5,
 }
 
 
@@ -97,7 +101,7 @@ def test_linear_layers_match_the_slow_reference(slots: list[int], scale: float) 
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["uneven, with base rows", "lock-step decode", "prefill", "one row", "one adapter"])
+@pytest.mark.parametrize("name", [name for name in MAPPINGS if "only" not in name and "one base" not in name])
 def test_bfloat16_is_no_less_accurate_than_vllms_ops(name: str) -> None:
     slots = MAPPINGS[name]
     (y, x), (a, b) = inputs(len(slots), torch.bfloat16), weights(torch.bfloat16)
@@ -114,7 +118,9 @@ def test_bfloat16_is_no_less_accurate_than_vllms_ops(name: str) -> None:
     assert torch.equal(ours[base], y[base])
 
 
-@pytest.mark.parametrize("name", ["lock-step decode", "prefill", "uneven, with base rows"])
+@pytest.mark.parametrize(
+    "name", ["lock-step decode", "prefill", "uneven, with base rows", "prompts, slots out of order"]
+)
 @pytest.mark.parametrize("scale", [1.0, 0.375])
 def test_few_and_many_rows_give_the_same_bfloat16(name: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two ways of computing low precision differ by their roundings only."""
@@ -129,6 +135,125 @@ def test_few_and_many_rows_give_the_same_bfloat16(name: str, scale: float, monke
         wrapper("ours", slots).add_lora_linear(result, x, a, b, scale, SLICES)
         results.append(result)
     torch.testing.assert_close(*results, rtol=2e-2, atol=0.25)
+
+
+@pytest.mark.parametrize("slots", MAPPINGS.values(), ids=MAPPINGS.keys())
+def test_runs_cover_every_row_with_an_adapter_once(slots: list[int]) -> None:
+    from credence.serve.vllm_plugin.cpu_lora import FEW_ROWS, split_rows
+
+    rows = split_rows(torch.tensor(slots))
+    found = {}
+    for group in (*rows.short, *rows.long):
+        group_slots = list(range(SLOTS))[group.slots] if isinstance(group.slots, slice) else group.slots.tolist()
+        covered = list(range(len(slots)))[group.span]
+        assert len(covered) == group.num_rows * len(group_slots)
+        assert (group.num_rows <= FEW_ROWS) == (group in rows.short)
+        for position, row in enumerate(covered):
+            assert row not in found
+            found[row] = group_slots[position // group.num_rows]
+    assert found == {row: slot for row, slot in enumerate(slots) if slot >= 0}
+    short = dict(zip(rows.rows.tolist(), rows.slots.tolist(), strict=True))
+    assert short == {row: slots[row] for group in rows.short for row in range(group.span.start, group.span.stop)}
+
+
+def test_many_threads_take_big_products_to_torch_and_small_ones_to_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    from credence.serve.vllm_plugin import cpu_lora, cpu_lora_kernel
+
+    slots = MAPPINGS["lock-step decode"]
+    (y, x), (a, b) = inputs(len(slots), torch.float32), weights(torch.float32)
+    expected = slow(y, x, a, b, 1.0, slots)
+    calls: list[int] = []
+    loop = cpu_lora_kernel.add_product
+    monkeypatch.setattr(cpu_lora_kernel, "add_product", lambda *args: (calls.append(args[6]), loop(*args)))
+    monkeypatch.setattr(cpu_lora, "FEW_THREADS", 0)
+    # Work of the slices: 15 rows x 8 x (24 + 40) numbers, and twice 15 x 8 x (24 + 12).
+    monkeypatch.setattr(cpu_lora, "LITTLE_WORK", 15 * 8 * (24 + 40) - 1)
+    wrapper("ours", slots).add_lora_linear(y, x, a, b, 1.0, SLICES)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    # prepare compiles with column 0, by the loop it looks up in its own module.
+    assert [start for start in calls if start] == [40, 52]
+
+
+def test_columns_of_a_wider_tensor_are_filled_in_place() -> None:
+    slots = MAPPINGS["prompts beside decoding"]
+    (wide, x), (a, b) = inputs(len(slots), torch.float32, 100), weights(torch.float32)
+    y = wide[:, 20:84]
+    expected, before = slow(y, x, a, b, 0.5, slots), wide.clone()
+    from credence.serve.vllm_plugin.cpu_lora import add_products, lora_product, split_rows
+
+    starts = (0, 40, 52)
+    products = [lora_product(start, *factors) for start, *factors in zip(starts, a, b, strict=True)]
+    add_products(y, x, products, 0.5, split_rows(torch.tensor(slots)))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(wide[:, :20], before[:, :20]) and torch.equal(wide[:, 84:], before[:, 84:])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 7, 8, 19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_compiled_loop_is_correctly_rounded_for_every_rank(rank: int, dtype: torch.dtype) -> None:
+    """float64 is the reference; bfloat16 results are its nearest numbers but where float32 sums fall on the other side of a tie."""
+    from credence.serve.vllm_plugin.cpu_lora_kernel import add_product, as_array
+
+    generator = torch.Generator().manual_seed(rank)
+    rows, slots = torch.tensor([5, 0, 3]), torch.tensor([2, 0, 2])
+    y, x, a, b = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((6, 50), (6, N_IN), (3, rank, N_IN), (3, rank, 30))
+    )
+    for start, width in ((0, 30), (13, 30), (35, 15)):
+        result, expected = y.clone(), y.double()
+        for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+            delta = b[slot].double().T @ (a[slot].double() @ x[row].double())
+            expected[row, start : start + width] += 0.375 * delta[:width]
+        arrays = (as_array(tensor) for tensor in (result, x, a, b))
+        add_product(*arrays, rows.numpy(), slots.numpy(), start, np.float32(0.375))
+        if dtype == torch.float32:
+            torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-5)
+        else:
+            assert (result == expected.bfloat16()).float().mean() > 0.99
+            torch.testing.assert_close(result.double(), expected, rtol=2**-8, atol=1e-4)
+        untouched = [1, 2, 4]
+        assert torch.equal(result[untouched], y[untouched])
+
+
+def test_the_compiled_loop_keeps_infinities_and_nan_in_bfloat16() -> None:
+    from credence.serve.vllm_plugin.cpu_lora_kernel import add_product, as_array
+
+    x, a = torch.ones(1, 1).bfloat16(), torch.ones(1, 1, 1).bfloat16()
+    numbers = [torch.inf, -torch.inf, torch.nan, 3.3895e38, -3.3895e38, 0.0]
+    b, y = torch.tensor(numbers).bfloat16().view(1, 1, -1), torch.zeros(1, 6).bfloat16()
+    row = np.zeros(1, np.int64)
+    add_product(*map(as_array, (y, x, a, b)), row, row, 0, np.float32(1))
+    assert torch.equal(y.isnan(), b[0].isnan()) and torch.equal(y.nan_to_num(), b[0].nan_to_num())
+
+
+def test_waiting_for_a_message_leaves_the_processor_alone() -> None:
+    """Without the repair the reader spins: all of the wait is processor time."""
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+    from credence.serve.vllm_plugin import cpu_lora
+
+    cpu_lora.install()
+    queue = MessageQueue(1, 1)
+    reader = MessageQueue.create_from_handle(queue.export_handle(), 0)
+    queue.enqueue("first")
+    assert reader.dequeue() == "first"
+    before = time.thread_time()
+    with pytest.raises(TimeoutError):
+        reader.dequeue(timeout=0.8)
+    assert time.thread_time() - before < 0.4
+    queue.enqueue("second")
+    assert reader.dequeue() == "second"
+
+
+def test_llvmlite_answers_no_special_names_after_the_repair() -> None:
+    from llvmlite.binding import ffi
+
+    from credence.serve.vllm_plugin import cpu_lora
+
+    cpu_lora.install()
+    assert not hasattr(ffi.lib, "__dict__")
+    assert ffi.lib.LLVMPY_GetVersionInfo is not None
 
 
 def test_rows_of_another_type_than_the_output() -> None:
