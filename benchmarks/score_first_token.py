@@ -11,19 +11,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from credence.benchmarks.measure import Measurement, bootstrap_interval, machine, timed, wait_idle
-from credence.benchmarks.servers import EngineSettings, Target, credence_server, request_body
+from credence.benchmarks.measure import bootstrap_interval, machine, wait_idle
+from credence.benchmarks.servers import EngineSettings, credence_server, request_body
 from credence.benchmarks.workload import ModelShape, random_workload
 
 K, TOKENS = 8, 32
 RESULTS = Path(__file__).parent / "results"
-
-
-def measure(server: Target, prompt: list[int], body: dict[str, object]) -> tuple[Measurement, Measurement]:
-    """First token and whole stream of one request."""
-    first: list[Measurement] = []
-    whole = timed(lambda: first.append(server.measure_first_token(prompt, body)), server.pids)
-    return first[0], whole
 
 
 def main() -> None:
@@ -46,13 +39,13 @@ def main() -> None:
                 pair = {}
                 for name in ("plain", "score") if number % 2 else ("score", "plain"):
                     wait_idle(server.pids)
-                    prompt = workload.prompt(2 * number + (name == "plain"), TOKENS)
-                    pair[name] = measure(server, prompt, plain if name == "plain" else score)
+                    prompt = workload.prompt(TOKENS, 2 * number + (name == "plain"))
+                    pair[name] = server.measure_stream(prompt, plain if name == "plain" else score)
                 if number < 2:  # warm-up
                     continue
                 (first_plain, plain_whole), (first_score, score_whole) = pair["plain"], pair["score"]
                 for what, (a, b) in {
-                    "first token": (first_score.wall_ms, first_plain.wall_ms),
+                    "first token": (first_score, first_plain),
                     "whole answer": (score_whole.wall_ms, plain_whole.wall_ms),
                     "CPU": (score_whole.cpu_ms, plain_whole.cpu_ms),
                 }.items():

@@ -98,12 +98,21 @@ class Target:
         Raises:
             BenchError: the answer is an error, or holds no token.
         """
+        first_ms, whole = self.measure_stream(prompt, body)
+        return Measurement(wall_ms=first_ms, cpu_ms=whole.cpu_ms)
+
+    def measure_stream(self, prompt: Sequence[int], body: dict[str, Any]) -> tuple[float, Measurement]:
+        """Milliseconds from a streamed request to its first token, and wall and CPU time of the whole request.
+
+        Raises:
+            BenchError: the answer is an error, or holds no token.
+        """
         first: list[float] = []
         start = time.perf_counter()
         whole = timed(lambda: first.extend(self._token_times(prompt, body)), self.pids)
         if not first:
             raise BenchError(f"{self.url} streamed an answer without a token")
-        return Measurement(wall_ms=1000 * (first[0] - start), cpu_ms=whole.cpu_ms)
+        return 1000 * (first[0] - start), whole
 
     def _token_times(self, prompt: Sequence[int], body: dict[str, Any]) -> list[float]:
         times = []
