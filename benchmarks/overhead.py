@@ -2,7 +2,8 @@
 
 Pairs of identical requests, one to our server and one to stock vLLM, in alternating order; the median of the pairs'
 ratios with a bootstrap interval, by wall and by CPU time. The adapter's requests also compare our CPU product of LoRA
-factors with vLLM's, which it replaces; the base model's requests see only that the product finds nothing to do.
+factors with vLLM's, which it replaces; the base model's requests see only that the product finds nothing to do. Of the merged
+layout the mean is measured, which has no LoRA on either side.
 """
 
 import itertools
@@ -32,6 +33,7 @@ from credence.benchmarks.workload import Workload
 
 WARMUP_PAIRS = 3
 MODELS = ((ADAPTER, "mean adapter"), (BASE, "base model"))
+MERGED_MODELS = ((BASE, "merged mean"),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +102,17 @@ def document(
                 "ratio": round(statistics.median(ratios), 4),
                 "ratio_low": round(low, 4),
                 "ratio_high": round(high, 4),
+                # In the order they were taken; of an odd pair ours came second.
+                "pairs": [[round(a, 1), round(b, 1)] for a, b in zip(ours, stock, strict=True)],
             }
         rows.append(row)
     return {
-        "model": {"name": workload.name, "parameters": workload.num_parameters, "dtype": settings.dtype},
+        "model": {
+            "name": workload.name,
+            "parameters": workload.num_parameters,
+            "dtype": settings.dtype,
+            "merged": workload.merged is not None,
+        },
         "tokens": {"prompt": settings.prompt_tokens, "new": settings.new_tokens},
         "machine": machine(),
         "other_work": round(other_work, 3),
@@ -121,6 +130,7 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
         command: the command line that made it.
     """
     model, tokens = result["model"], result["tokens"]
+    stock = "the merged model" if model["merged"] else "`--enable-lora --lora-modules`"
     lines = [
         f"# Without `uncertainty`: our server against stock vLLM, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}",
         "",
@@ -129,7 +139,7 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
         f"{result['date']}. {model['name']}; {tokens['prompt']} + {tokens['new']} tokens; {result['machine']}, "
         f"{result['threads']} compute threads; {', '.join(f'{name} {number}' for name, number in result['versions'].items())}.",
         "Pairs of identical greedy requests in alternating order; the median of the pairs' ratios (ours / stock) with a 95 % bootstrap "
-        "interval. Stock: `--enable-lora --lora-modules`, no plugins, the same engine flags. "
+        f"interval. Stock: {stock}, no plugins, the same engine flags. "
         f"Other work took {result['other_work']:.0%} of the machine's processors meanwhile.",
         "",
         "| requests | pairs | ours ms | stock ms | ratio | ours CPU ms | stock CPU ms | CPU ratio |",
@@ -149,11 +159,12 @@ def _pairs(
     ours: Target, stock: Target, workload: Workload, settings: OverheadSettings, progress: Callable[[str], None]
 ) -> dict[str, list[tuple[Measurement, Measurement]]]:
     numbers = itertools.count(1)
-    pairs: dict[str, list[tuple[Measurement, Measurement]]] = {title: [] for _, title in MODELS}
+    models = MODELS if workload.merged is None else MERGED_MODELS
+    pairs: dict[str, list[tuple[Measurement, Measurement]]] = {title: [] for _, title in models}
     for number in range(-WARMUP_PAIRS, settings.pairs):
         if number % 10 == 0:
             progress(f"pair {number + 1} of {settings.pairs}")
-        for model, title in MODELS:
+        for model, title in models:
             prompt = workload.prompt(settings.prompt_tokens, next(numbers))
             body = request_body(new_tokens=settings.new_tokens, model=model)
             sides = {}

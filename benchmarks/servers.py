@@ -1,7 +1,8 @@
 """The two servers that are compared, and the requests sent to them.
 
 Both run vLLM with the same engine flags and threads: `credence serve` with the adapter, and stock vLLM without any of
-our plugins, with the adapter's mean as a plain LoRA module. Both name it ``bench``, and the base model ``base``.
+our plugins, with the adapter's mean as a plain LoRA module. Both name it ``bench``, and the base model ``base``; of a merged
+workload both load the merged model alone, and name it ``base``.
 """
 
 import json
@@ -171,8 +172,13 @@ def credence_server(
     Raises:
         DemoError: it did not start; the message holds the end of its log.
     """
+    model = (
+        [str(workload.base), "--adapter", f"{ADAPTER}={workload.adapter}"]
+        if workload.merged is None
+        else [str(workload.merged)]
+    )
     command = [
-        credence_command(), "serve", str(workload.base), "--adapter", f"{ADAPTER}={workload.adapter}",
+        credence_command(), "serve", *model,
         "--max-samples", str(settings.max_samples), "--default-samples", str(min(8, settings.max_samples)),
     ]  # fmt: skip
     with _running(command, settings, {}, log, "/readyz", progress) as target:
@@ -191,10 +197,12 @@ def stock_server(
     Raises:
         DemoError: it did not start; the message holds the end of its log.
     """
-    command = [
-        sys.executable, "-c", STOCK_PROGRAM, "--model", str(workload.base), "--host", "127.0.0.1",
-        "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{ADAPTER}={workload.adapter}",
-    ]  # fmt: skip
+    command = [sys.executable, "-c", STOCK_PROGRAM, "--host", "127.0.0.1", "--model"]
+    if workload.merged is None:
+        command += [str(workload.base), "--enable-lora", "--max-lora-rank", str(rank)]
+        command += ["--lora-modules", f"{ADAPTER}={workload.adapter}"]
+    else:
+        command.append(str(workload.merged))
     with _running(command, settings, {"VLLM_PLUGINS": ""}, log, "/health", progress) as target:
         yield target
 

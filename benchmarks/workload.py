@@ -2,7 +2,9 @@
 
 import json
 import random
-from dataclasses import dataclass
+import shlex
+import subprocess
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from credence.adapters import (
     write_sample,
 )
 from credence.benchmarks.measure import BenchError
+from credence.demo.server import credence_command
 
 HEAD_DIM = 64
 RANK, ALPHA = 8, 16
@@ -55,6 +58,7 @@ class Workload:
         name: how results call the model.
         num_parameters: of the base model.
         vocab_size: tokens a prompt may hold.
+        merged: folder of base and mean as one model, if it is the merged layout that is measured.
     """
 
     base: Path
@@ -62,6 +66,7 @@ class Workload:
     name: str
     num_parameters: int
     vocab_size: int
+    merged: Path | None = None
 
     def prompt(self, length: int, number: int) -> list[int]:
         """A random prompt of ``length`` token ids; prompts of different numbers share no beginning worth caching."""
@@ -146,6 +151,23 @@ def random_workload(folder: Path, shape: ModelShape, *, max_length: int) -> Work
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocab_size=shape.vocab_size,
     )
+
+
+def merged_workload(workload: Workload, output: Path, dtype: str) -> Workload:
+    """The same in the merged layout: ``credence merge`` writes base and mean to ``output`` in ``dtype``."""
+    command = [
+        credence_command(),
+        "merge",
+        str(workload.adapter),
+        "--base",
+        str(workload.base),
+        "--output",
+        str(output),
+    ]
+    done = subprocess.run([*command, "--name", "bench", "--dtype", dtype], capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        raise BenchError(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")
+    return replace(workload, merged=output, name=f"{workload.name}, merged")
 
 
 def given_workload(base: Path, adapter: Path) -> Workload:

@@ -134,12 +134,16 @@ def overhead(
     intermediate_size: IntermediateOption = None,
     num_layers: LayersOption = 12,
     vocab_size: VocabularyOption = 4096,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Merge the mean into the base, and measure that on both servers.")
+    ] = False,
     markdown_file: MarkdownOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Cost of our server for requests without uncertainty, against stock vLLM.
 
-    Pairs of identical requests, one to each server, in alternating order: for the mean adapter and for the base model.
+    Pairs of identical requests, one to each server, in alternating order: for the mean adapter and for the base model, or
+    with --merged for the model that holds the mean in its weights.
 
     \b
     Example:
@@ -149,6 +153,7 @@ def overhead(
     with needs_extra("bench"):
         from credence.benchmarks.measure import default_threads
         from credence.benchmarks.overhead import OverheadSettings, markdown, run_overhead
+        from credence.benchmarks.workload import merged_workload
     settings = OverheadSettings(
         pairs=pairs,
         prompt_tokens=prompt_tokens,
@@ -167,6 +172,8 @@ def overhead(
             num_layers,
             vocab_size,
         )
+        if merged:
+            workload = merged_workload(workload, Path(scratch) / "merged", dtype)
         result = run_overhead(workload, settings, _progress)
     _report(result, markdown, markdown_file, json_file)
 

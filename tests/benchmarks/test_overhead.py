@@ -1,3 +1,6 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from credence.benchmarks.measure import Measurement
@@ -17,6 +20,7 @@ def test_the_ratio_is_the_median_of_the_pairs(workload: Workload) -> None:
     result = document({"mean adapter": pairs}, workload, SETTINGS, 0.1)
     (row,) = result["rows"]
     assert row["requests"] == "mean adapter" and row["pairs"] == 5
+    assert row["wall_ms"].pop("pairs") == [[1.02 * wall, wall] for wall in (100.0, 130.0, 200.0, 500.0, 900.0)]
     assert row["wall_ms"] == {"ours": 204.0, "stock": 200.0, "ratio": 1.02, "ratio_low": 1.02, "ratio_high": 1.02}
     assert row["cpu_ms"]["ratio"] == 0.9
     page = markdown(result, "credence bench overhead")
@@ -49,3 +53,18 @@ def test_pairs_are_identical_requests_in_alternating_order(
     assert len(set(prompts)) == len(prompts)
     firsts = order[::2]
     assert firsts == ["http://stock", "http://stock", "http://ours", "http://ours"] * 4
+
+
+def test_of_a_merged_model_the_mean_alone_is_measured(
+    workload: Workload, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("credence.benchmarks.measure.SETTLE_S", 0.0)
+    monkeypatch.setattr("credence.benchmarks.measure.IDLE_LOOK_S", 0.001)
+    ours, requests = fake("http://ours")
+    stock, _ = fake("http://stock")
+    merged = replace(workload, merged=Path("merged"))
+    pairs = _pairs(ours, stock, merged, SETTINGS, lambda line: None)
+    assert {name: len(measured) for name, measured in pairs.items()} == {"merged mean": 5}
+    assert {body["model"] for body in requests} == {"base"}
+    page = markdown(document(pairs, merged, SETTINGS, 0.1), "credence bench overhead --merged")
+    assert "Stock: the merged model, no plugins" in page

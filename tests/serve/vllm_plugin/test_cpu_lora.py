@@ -426,6 +426,33 @@ def test_base_rows_are_the_base_model_although_every_slot_is_full(
 
 
 @pytest.mark.engine
+def test_steps_without_an_adapter_do_not_touch_the_lora_layers(
+    engine: Engine, adapters: list[tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import SamplingParams
+
+    from credence.serve.vllm_plugin import cpu_lora
+
+    fill_all_slots(engine, adapters, seed=1500)
+    products: list[int] = []
+    original = cpu_lora.GroupedPunicaWrapper.add_lora_linear
+
+    def count(self: Any, y: torch.Tensor, *rest: Any, **options: Any) -> None:
+        products.append(y.shape[0])
+        original(self, y, *rest, **options)
+
+    monkeypatch.setattr(cpu_lora.GroupedPunicaWrapper, "add_lora_linear", count)
+    sampling = SamplingParams(max_tokens=6, temperature=0, logprobs=VOCABULARY, ignore_eos=True)
+    tokens = prompt(9, 1600)
+    for user, folder in ((None, None), adapters[1], (None, None)):
+        products.clear()
+        completion = generate(engine, [tokens], sampling, [user])[0].outputs[0]
+        assert bool(products) == (user is not None)
+        expected = Reference(engine.model_path, folder).log_probs(tokens + list(completion.token_ids))
+        torch.testing.assert_close(logprob_matrix(completion), expected[len(tokens) - 1 : -1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.engine
 def test_prompt_logprobs_of_several_adapters_at_once(engine: Engine, adapters: list[tuple[Any, Path]]) -> None:
     from vllm import SamplingParams
 
