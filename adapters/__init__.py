@@ -2,12 +2,23 @@
 
 from credence.adapters.adaptive import settled_choice, settled_flag, settled_threshold, stages
 from credence.adapters.agreement import Agreement, AnswerCount, agreement, normalise_answer
-from credence.adapters.artifact import Artifact, load_artifact, write_artifact, write_sample
+from credence.adapters.artifact import Artifact, config_of_rank, load_artifact, write_artifact, write_sample
 from credence.adapters.choices import ChoiceScores, choice_scores
-from credence.adapters.config import BaseModelRef, Calibration, CurvePoint, Fit, PosteriorConfig
+from credence.adapters.config import BaseModelRef, Calibration, CurvePoint, Fit, MemberPosterior, PosteriorConfig
 from credence.adapters.errors import AdapterError, ArtifactError, PosteriorError
-from credence.adapters.kinds import KINDS, DiagPosterior, PointPosterior, RowPosterior
-from credence.adapters.merged import MergedModel, delta, delta_config, is_merged, load_merged, merge, write_delta
+from credence.adapters.kinds import (
+    KINDS,
+    CorePosterior,
+    DiagPosterior,
+    EnsemblePosterior,
+    FixedRowPosterior,
+    KroneckerPosterior,
+    LowRankPosterior,
+    MaskPosterior,
+    PointPosterior,
+    RowPosterior,
+)
+from credence.adapters.merged import MergedModel, delta, is_merged, load_merged, merge, write_delta
 from credence.adapters.posterior import LoraFactors, Posterior, draw
 from credence.adapters.sampling import NoiseSource
 from credence.adapters.uncertainty import SequenceScores, TokenScores, sequence_scores, token_scores
@@ -22,10 +33,17 @@ __all__ = [
     "BaseModelRef",
     "Calibration",
     "ChoiceScores",
+    "CorePosterior",
     "CurvePoint",
     "DiagPosterior",
+    "EnsemblePosterior",
     "Fit",
+    "FixedRowPosterior",
+    "KroneckerPosterior",
     "LoraFactors",
+    "LowRankPosterior",
+    "MaskPosterior",
+    "MemberPosterior",
     "MergedModel",
     "NoiseSource",
     "PointPosterior",
@@ -37,8 +55,8 @@ __all__ = [
     "TokenScores",
     "agreement",
     "choice_scores",
+    "config_of_rank",
     "delta",
-    "delta_config",
     "draw",
     "is_merged",
     "load_artifact",

@@ -10,6 +10,7 @@ hashed, and parsed from the very bytes that were hashed, so a file that changes 
 are also laid down in a private folder named by the digest, and whoever needs a path later (vLLM's workers) gets that copy.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -22,7 +23,16 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
-from credence.adapters.config import BaseModelRef, Calibration, CurvePoint, FileEntry, Fit, Manifest, PosteriorConfig
+from credence.adapters.config import (
+    BaseModelRef,
+    Calibration,
+    CurvePoint,
+    FileEntry,
+    Fit,
+    Manifest,
+    MemberPosterior,
+    PosteriorConfig,
+)
 from credence.adapters.errors import ArtifactError, PosteriorError
 from credence.adapters.files import (
     CALIBRATION,
@@ -40,33 +50,20 @@ from credence.adapters.files import (
     refused,
     replacing_folder,
 )
-from credence.adapters.kinds import KINDS
+from credence.adapters.kinds import KINDS, EnsemblePosterior, PointPosterior
+from credence.adapters.peft_folder import (
+    DEFAULT_MAX_BYTES,
+    PEFT_PREFIX,
+    check_finite,
+    check_plain_lora,
+    factors_of,
+    parse_tensors,
+)
 from credence.adapters.posterior import LoraFactors, Posterior, check_tau, draw
 from credence.adapters.sampling import NoiseSource
 
-PEFT_PREFIX = "base_model.model."
-DEFAULT_MAX_BYTES = 8 * 2**30
-# Settings of a PEFT LoRA that change what the factors mean; an artifact holds plain LoRA only.
-PLAIN_LORA: dict[str, tuple[object, ...]] = {
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": (None, []),
-    "auto_mapping": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None,),
-}
+PARTIAL_KINDS = ("diag", "lowrank")
+"""Kinds of which a module without tensors is deterministic if another one of the artifact has some (last-layer Laplace)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +74,7 @@ class Artifact:
         path: folder it was read from, or its copy in the store.
         digest: ``sha256:<64 hex>``, identifies every byte of it.
         mean: factors by module (PEFT's module names without their prefix).
-        posteriors: posterior by module; the same keys as ``mean``.
+        posteriors: posterior by module; the same keys as ``mean``. Of some kinds a module may be deterministic, kind ``point``.
     """
 
     path: Path
@@ -94,6 +91,11 @@ class Artifact:
     def has_posterior(self) -> bool:
         """Whether samples differ from the mean (false for kind ``point``)."""
         return self.config.kind != "point"
+
+    @property
+    def num_distinct_samples(self) -> int | None:
+        """Number of samples after which they repeat: 1 for kind ``point``, M for an ensemble of M points; None if they never do."""
+        return num_distinct_samples(self.posteriors)
 
     def draw(self, *, seed: int, index: int, tau: float) -> dict[str, LoraFactors]:
         """Draws sample ``index`` of ``seed``: float32 factors by module, a pure function of the arguments and the digest.
@@ -112,6 +114,37 @@ class Artifact:
         return drawn
 
 
+def num_distinct_samples(posteriors: Mapping[str, Posterior]) -> int | None:
+    """See :attr:`Artifact.num_distinct_samples`."""
+    most = 1
+    for posterior in posteriors.values():
+        if isinstance(posterior, EnsemblePosterior) and not posterior.has_posteriors:
+            most = max(most, len(posterior.members))
+        elif posterior.kind != "point":
+            return None
+    return most
+
+
+def config_of_rank(adapter_config: Mapping[str, Any], factors: Mapping[str, LoraFactors]) -> dict[str, Any]:
+    """PEFT's adapter_config.json for factors of another rank than the mean's: lora_alpha in proportion, so that lora_alpha / r stays.
+
+    Args:
+        adapter_config: that of the artifact's mean.
+        factors: by module, all of one rank.
+
+    Raises:
+        ValueError: the factors have several ranks.
+    """
+    ranks = {pair.rank for pair in factors.values()}
+    if len(ranks) != 1:
+        raise ValueError(f"the factors of one adapter must have one rank, got {sorted(ranks)}")
+    rank, r = ranks.pop(), adapter_config["r"]
+    if rank == r:
+        return dict(adapter_config)
+    alpha = adapter_config["lora_alpha"] * rank / r
+    return {**adapter_config, "r": rank, "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
+
+
 def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int = DEFAULT_MAX_BYTES) -> Artifact:
     """Reads and verifies an artifact.
 
@@ -127,7 +160,8 @@ def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int
     digest = hashlib.sha256(contents[MANIFEST]).hexdigest()
     config = parse(PosteriorConfig, contents[POSTERIOR_CONFIG], folder / POSTERIOR_CONFIG)
     adapter_config = json_object(contents[MEAN_CONFIG], folder / MEAN_CONFIG)
-    _check_plain_lora(adapter_config, config, folder / MEAN_CONFIG)
+    check_plain_lora(adapter_config, folder / MEAN_CONFIG)
+    _check_agreement(adapter_config, config, folder / MEAN_CONFIG)
     calibration = Calibration()
     if CALIBRATION in contents:
         calibration = parse(Calibration, contents[CALIBRATION], folder / CALIBRATION)
@@ -136,7 +170,7 @@ def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int
     posterior_tensors = _tensors(
         contents[POSTERIOR_TENSORS], manifest.files[POSTERIOR_TENSORS], folder / POSTERIOR_TENSORS
     )
-    mean = _factors(mean_tensors, config, folder / MEAN_TENSORS)
+    mean = factors_of(mean_tensors, config.rank, folder / MEAN_TENSORS)
     posteriors = _posteriors(posterior_tensors, config, mean, folder / POSTERIOR_TENSORS)
     kept = folder
     if store is not None:
@@ -220,7 +254,8 @@ def write_sample(path: str | Path, artifact: Artifact, *, seed: int, index: int,
         ArtifactError: if ``path`` exists and is not empty.
     """
     check_tau(tau)
-    write_factors(path, artifact.adapter_config, artifact.draw(seed=seed, index=index, tau=tau))
+    factors = artifact.draw(seed=seed, index=index, tau=tau)
+    write_factors(path, config_of_rank(artifact.adapter_config, factors), factors)
 
 
 def write_factors(path: str | Path, adapter_config: Mapping[str, Any], factors: Mapping[str, LoraFactors]) -> None:
@@ -264,18 +299,7 @@ def _entry(name: str, data: bytes) -> FileEntry:
     return FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest(), tensors=tensors)
 
 
-def _check_plain_lora(adapter_config: Mapping[str, Any], config: PosteriorConfig, path: Path) -> None:
-    if adapter_config.get("peft_type") != "LORA":
-        raise refused(
-            f"{path}: peft_type is {adapter_config.get('peft_type')!r}, only LORA is supported", "unsupported", path
-        )
-    for key, allowed in PLAIN_LORA.items():
-        if adapter_config.get(key) not in allowed:
-            raise refused(
-                f"{path}: {key} is {adapter_config[key]!r}; the mean of an artifact is a plain LoRA, with {key} {allowed[0]!r}",
-                "unsupported",
-                path,
-            )
+def _check_agreement(adapter_config: Mapping[str, Any], config: PosteriorConfig, path: Path) -> None:
     for key, expected in (("r", config.rank), ("lora_alpha", config.lora_alpha)):
         if adapter_config.get(key) != expected:
             raise refused(
@@ -284,46 +308,15 @@ def _check_plain_lora(adapter_config: Mapping[str, Any], config: PosteriorConfig
 
 
 def _tensors(data: bytes, entry: FileEntry, path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = parse_safetensors(data)
-    except Exception as error:
-        raise refused(f"{path} is not a safetensors file: {error}", "malformed", path) from None
+    tensors = parse_tensors(data, path)
     found = {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
     if found != entry.tensors:
         raise refused(f"{path} holds other tensors than its manifest entry describes", "malformed", path)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise refused(f"{path}: {name} is {tensor.dtype}, means and posteriors are float32", "unsupported", path)
-        if not bool(torch.isfinite(tensor).all()):
-            raise refused(f"{path}: {name} has entries that are not finite", "not_finite", path)
+    check_finite(tensors, path)
     return tensors
-
-
-def _factors(tensors: Mapping[str, Tensor], config: PosteriorConfig, path: Path) -> dict[str, LoraFactors]:
-    sides: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, dot, side = name.removesuffix(".weight").rpartition(".lora_")
-        if not (name.startswith(PEFT_PREFIX) and name.endswith(".weight") and dot and side in ("A", "B")):
-            raise refused(
-                f"{path}: {name} is not a LoRA factor ({PEFT_PREFIX}<module>.lora_A|B.weight)", "unsupported", path
-            )
-        sides.setdefault(module.removeprefix(PEFT_PREFIX), {})[side] = tensor
-    if not sides:
-        raise refused(f"{path} holds no LoRA module", "malformed", path)
-    factors = {}
-    for module, pair in sorted(sides.items()):
-        if set(pair) != {"A", "B"} or pair["A"].ndim != 2 or pair["B"].ndim != 2:
-            raise refused(
-                f"{path}: {module} needs two matrices, lora_A [r, n_in] and lora_B [n_out, r]", "wrong_shape", path
-            )
-        if pair["A"].shape[0] != config.rank or pair["B"].shape[1] != config.rank:
-            raise refused(
-                f"{path}: {module} has lora_A {tuple(pair['A'].shape)} and lora_B {tuple(pair['B'].shape)}, the rank is {config.rank}",
-                "wrong_shape",
-                path,
-            )
-        factors[module] = LoraFactors(A=pair["A"], B=pair["B"])
-    return factors
 
 
 def _posteriors(
@@ -338,12 +331,35 @@ def _posteriors(
     posteriors: dict[str, Posterior] = {}
     for module, parameters in by_module.items():
         try:
-            posterior = KINDS[config.kind].from_tensors(parameters, config.settings)
+            posterior = _posterior(config, parameters, is_random=bool(tensors))
             posterior.check(module, mean[module])
         except PosteriorError as error:
             raise refused(f"{path}: {error}", error.reason, path) from None
         posteriors[module] = posterior
     return posteriors
+
+
+def _posterior(
+    config: PosteriorConfig | MemberPosterior, parameters: dict[str, Tensor], *, is_random: bool
+) -> Posterior:
+    """Builds the posterior of one module.
+
+    Args:
+        is_random: whether some module of the artifact has parameters.
+    """
+    if isinstance(config, PosteriorConfig) and config.kind == "ensemble":
+        if config.settings:
+            raise PosteriorError(f"kind ensemble has no settings of its own, got {sorted(config.settings)}")
+        member = config.member
+        build = None if member is None else functools.partial(_posterior, member, is_random=is_random)
+        return EnsemblePosterior.from_members(parameters, build)
+    if config.kind not in KINDS:
+        raise PosteriorError(
+            f"the members of an ensemble cannot be of kind {config.kind}; choose from {', '.join(KINDS)}"
+        )
+    if is_random and not parameters and config.kind in PARTIAL_KINDS:
+        return PointPosterior()
+    return KINDS[config.kind].from_tensors(parameters, config.settings)
 
 
 __all__ = [
@@ -353,7 +369,9 @@ __all__ = [
     "CurvePoint",
     "Fit",
     "PosteriorConfig",
+    "config_of_rank",
     "load_artifact",
+    "num_distinct_samples",
     "peft_tensors",
     "write_artifact",
     "write_factors",

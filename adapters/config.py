@@ -34,10 +34,23 @@ class BaseModelRef(Document):
     revision: str | None = None
 
 
+Kind = Literal["point", "diag", "row", "core", "lowrank", "mask", "ensemble"]
+
+
+class MemberPosterior(Document):
+    """Kind and scalars of the posterior that each member of an ensemble has."""
+
+    kind: Kind
+    settings: dict[str, float] = Field(default_factory=dict)
+
+
 class PosteriorConfig(Document):
     """posterior.json.
 
     Attributes:
+        rank, lora_alpha: of the mean adapter; samples have the same lora_alpha / rank, and of ensembles another rank.
+        member: of kind ensemble, the members' own posterior; None where they are points.
+        mean: of kind ensemble, what the mean adapter is: the exact mean of the members' products, or the first member.
         settings: the kind's scalars (kind row: epsilon, dof, floor).
         generator: the noise convention, see credence.adapters.sampling.
         default_seed: posterior seed of the resident sample set.
@@ -46,7 +59,7 @@ class PosteriorConfig(Document):
     """
 
     format_version: Literal[1] = 1
-    kind: Literal["point", "diag", "row"]
+    kind: Kind
     method: str
     credence_version: str
     base_model: BaseModelRef
@@ -54,6 +67,8 @@ class PosteriorConfig(Document):
     lora_alpha: float = Field(gt=0)
     target_modules: tuple[str, ...]
     settings: dict[str, float] = Field(default_factory=dict)
+    member: MemberPosterior | None = None
+    mean: Literal["exact", "first member"] = "exact"
     generator: Literal["philox4x64-sha256-numpy-v1"] = "philox4x64-sha256-numpy-v1"
     default_seed: int = Field(default=0, ge=0)
     tau: dict[int, Fit] = Field(default_factory=dict)

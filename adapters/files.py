@@ -42,7 +42,7 @@ def read_verified(folder: Path, max_bytes: int) -> tuple[dict[str, bytes], Manif
         raise refused(f"{folder} does not exist", "missing", folder)
     if not folder.is_dir():
         raise refused(f"{folder} is not a folder; an artifact is a folder holding {MANIFEST}", "not_a_folder", folder)
-    contents = {MANIFEST: _read_file(folder / MANIFEST, max_bytes)}
+    contents = {MANIFEST: read_file(folder / MANIFEST, max_bytes)}
     manifest = parse(Manifest, contents[MANIFEST], folder / MANIFEST)
     unknown = set(manifest.files) - set(REQUIRED) - set(OPTIONAL)
     missing = set(REQUIRED) - set(manifest.files)
@@ -54,7 +54,7 @@ def read_verified(folder: Path, max_bytes: int) -> tuple[dict[str, bytes], Manif
         )
     left = max_bytes - len(contents[MANIFEST])
     for name, entry in manifest.files.items():
-        data = _read_file(folder / name, left)
+        data = read_file(folder / name, left)
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise refused(
                 f"{folder / name} is not what the manifest describes ({len(data)} bytes, {entry.size} expected, or another SHA-256): "
@@ -67,13 +67,21 @@ def read_verified(folder: Path, max_bytes: int) -> tuple[dict[str, bytes], Manif
     return contents, manifest
 
 
-def _read_file(path: Path, max_bytes: int) -> bytes:
+def read_file(
+    path: Path, max_bytes: int, needs: str = f"an artifact needs {MANIFEST} and {', '.join(REQUIRED)}"
+) -> bytes:
+    """Reads a regular file of at most ``max_bytes``; symbolic links are not followed.
+
+    Args:
+        needs: what the error of a missing file says.
+
+    Raises:
+        ArtifactError: with the reason.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise refused(
-            f"{path} is missing; an artifact needs {MANIFEST} and {', '.join(REQUIRED)}", "missing", path
-        ) from None
+        raise refused(f"{path} is missing; {needs}", "missing", path) from None
     except OSError as error:
         reason: ArtifactReason = "symlink" if path.is_symlink() else "io"
         raise refused(

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from credence.adapters.artifact import Artifact, load_artifact, write_factors
+from credence.adapters.artifact import Artifact, config_of_rank, load_artifact, write_factors
 from credence.adapters.config import BaseModelRef, Document, FileEntry
 from credence.adapters.errors import ArtifactReason, PosteriorError
 from credence.adapters.files import json_object, parse, refused, replacing_folder
@@ -80,7 +80,7 @@ class MergedModel:
     Attributes:
         path: the model's folder.
         artifact: the posterior, its mean already in the weights.
-        rank: rank of the widest delta adapter: r if only A is random, 2r otherwise.
+        rank: rank of the widest delta adapter: r if only A is random, 2r otherwise, (M + 1) r of an ensemble with its exact mean.
     """
 
     path: Path
@@ -116,16 +116,24 @@ class MergeReport:
 def delta(sample: Mapping[str, LoraFactors], mean: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
     """Factors of B_s A_s - B A by module, all of rank r if B_s equals B bit for bit in every module, else all of rank 2r.
 
-    At tau = 0 they have rank r, A' = 0, and the product is exactly zero.
+    At tau = 0 they have rank r, A' = 0, and the product is exactly zero. The members of an ensemble whose mean has rank M r give
+    A' = [A_s; A] and B' = [B_s, -B], of rank (M + 1) r.
 
     Args:
-        sample: a draw, A_s [r, n_in] and B_s [n_out, r].
-        mean: the mean it was drawn around; same modules and shapes.
+        sample: a draw, A_s [r_s, n_in] and B_s [n_out, r_s].
+        mean: the mean it was drawn around; same modules, and same shapes but for the rank.
 
     Raises:
         PosteriorError: the modules or shapes differ.
     """
     _check_pairs(sample, mean)
+    if any(sample[module].rank != pair.rank for module, pair in mean.items()):
+        return {
+            module: LoraFactors(
+                A=torch.cat([sample[module].A, pair.A], dim=0), B=torch.cat([sample[module].B, -pair.B], dim=1)
+            )
+            for module, pair in mean.items()
+        }
     if all(torch.equal(sample[module].B, mean[module].B) for module in mean):
         return {module: LoraFactors(A=sample[module].A - pair.A, B=pair.B) for module, pair in mean.items()}
     return {
@@ -135,25 +143,6 @@ def delta(sample: Mapping[str, LoraFactors], mean: Mapping[str, LoraFactors]) ->
         )
         for module, pair in mean.items()
     }
-
-
-def delta_config(adapter_config: Mapping[str, Any], factors: Mapping[str, LoraFactors]) -> dict[str, Any]:
-    """PEFT's adapter_config.json of a delta adapter: the rank of its factors, and lora_alpha in proportion, so that s stays.
-
-    Args:
-        adapter_config: that of the artifact's mean.
-        factors: from :func:`delta`.
-
-    Raises:
-        ValueError: the factors do not have rank r or 2r.
-    """
-    r, ranks = adapter_config["r"], {pair.rank for pair in factors.values()}
-    if ranks not in ({r}, {2 * r}):
-        raise ValueError(
-            f"the delta factors have ranks {sorted(ranks)}; an adapter of rank {r} has deltas of {r} or {2 * r}"
-        )
-    times = ranks.pop() // r
-    return {**adapter_config, "r": times * r, "lora_alpha": times * adapter_config["lora_alpha"], "use_rslora": False}
 
 
 def delta_rank(artifact: Artifact) -> int:
@@ -171,7 +160,7 @@ def write_delta(path: str | Path, artifact: Artifact, *, seed: int, index: int, 
     """
     check_tau(tau)
     factors = delta(artifact.draw(seed=seed, index=index, tau=tau), artifact.mean)
-    write_factors(path, delta_config(artifact.adapter_config, factors), factors)
+    write_factors(path, config_of_rank(artifact.adapter_config, factors), factors)
 
 
 def is_merged(path: str | Path) -> bool:
@@ -355,7 +344,7 @@ def _check_pairs(sample: Mapping[str, LoraFactors], mean: Mapping[str, LoraFacto
         )
     for module, pair in mean.items():
         drawn = sample[module]
-        if drawn.A.shape != pair.A.shape or drawn.B.shape != pair.B.shape:
+        if drawn.A.shape[1] != pair.A.shape[1] or drawn.B.shape[0] != pair.B.shape[0]:
             raise PosteriorError(
                 f"{module}: the sample has A {tuple(drawn.A.shape)} and B {tuple(drawn.B.shape)}, the mean A {tuple(pair.A.shape)} "
                 f"and B {tuple(pair.B.shape)}",
@@ -511,7 +500,6 @@ __all__ = [
     "MergedManifest",
     "MergedModel",
     "delta",
-    "delta_config",
     "delta_rank",
     "is_merged",
     "load_merged",

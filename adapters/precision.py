@@ -5,7 +5,7 @@ round back to the mean and the ensemble loses its spread. Means and posteriors a
 serving dtype and multiplies B by lora_alpha / r in that dtype, so B is checked as lora_alpha / r * B.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from credence.adapters.artifact import Artifact
+from credence.adapters.kinds import EnsemblePosterior
 from credence.adapters.posterior import LoraFactors, Posterior, draw
 from credence.adapters.sampling import NoiseSource
 
@@ -105,11 +106,11 @@ def measure_precision(
         raise ValueError(f"num_draws is {num_draws}; give 1 or more")
     sources = [NoiseSource(seed, index) for index in range(num_draws)]
     entries: list[FactorPrecision] = []
-    for module, factors in mean.items():
+    for module, factors, posterior in _parts(mean, posteriors):
         square_A = torch.zeros_like(factors.A, dtype=torch.float64)
         square_B = torch.zeros_like(factors.B, dtype=torch.float64)
         for source in sources:
-            sample = draw(posteriors[module], factors, source, module, tau)
+            sample = draw(posterior, factors, source, module, tau)
             square_A += (sample.A - factors.A).double().square()
             square_B += (sample.B - factors.B).double().square()
         sides: tuple[tuple[Literal["A", "B"], Tensor, Tensor], ...] = (
@@ -118,6 +119,19 @@ def measure_precision(
         )
         entries += [_factor(module, side, weight, sd) for side, weight, sd in sides if bool((sd > 0).any())]
     return PrecisionReport(tau=tau, factors=tuple(entries))
+
+
+def _parts(
+    mean: Mapping[str, LoraFactors], posteriors: Mapping[str, Posterior]
+) -> Iterator[tuple[str, LoraFactors, Posterior]]:
+    """Modules with their means and posteriors; of an ensemble those of every member, as it is a member's weights that noise is added to."""
+    for module, factors in mean.items():
+        posterior = posteriors[module]
+        if isinstance(posterior, EnsemblePosterior):
+            for index, member in enumerate(posterior.members):
+                yield f"{module}, member {index}", member.mean, member.posterior
+        else:
+            yield module, factors, posterior
 
 
 def ulp(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,15 +17,16 @@ from torch import Tensor
 GENERATOR = "philox4x64-sha256-numpy-v1"
 """Identifier of the noise convention, stored in posterior.json."""
 
-Purpose = Literal["sample", "train"]
+Purpose = Literal["sample", "train", "init"]
 
 
 class NoiseSource:
-    """Standard noise for one posterior sample (``purpose="sample"``) or one optimiser step (``purpose="train"``).
+    """Noise for one posterior sample (``purpose="sample"``), one optimiser step (``"train"``), or what a training run
+    draws beside noise (``"init"``): start values and orders of rows.
 
     Args:
         seed: posterior seed, any non-negative integer.
-        index: sample index s, or the optimiser step.
+        index: sample index s, or the optimiser step, or the epoch.
         purpose: keeps the noise of training apart from the noise of serving under equal seeds.
 
     Raises:
@@ -43,9 +44,17 @@ class NoiseSource:
         """Draws standard normals, float32 on the CPU, for one named tensor of one module."""
         return torch.from_numpy(self._generator(module, stream).standard_normal(shape, dtype=np.float32))
 
+    def uniform(self, module: str, stream: str, shape: tuple[int, ...]) -> Tensor:
+        """Draws uniforms on [0, 1), float32 on the CPU, for one named tensor of one module."""
+        return torch.from_numpy(self._generator(module, stream).random(shape, dtype=np.float32))
+
     def chi2(self, module: str, stream: str, dof: float, size: int) -> Tensor:
         """Draws ``size`` chi-square variates with ``dof`` degrees of freedom, float32 on the CPU: 2 Gamma(dof / 2)."""
         return torch.from_numpy(2.0 * self._generator(module, stream).standard_gamma(dof / 2, size, dtype=np.float32))
+
+    def permutation(self, stream: str, size: int) -> list[int]:
+        """Draws an order of 0, ..., size - 1."""
+        return [int(number) for number in self._generator("", stream).permutation(size)]
 
     def _generator(self, module: str, stream: str) -> np.random.Generator:
         name = "\x1f".join((GENERATOR, self.purpose, str(self.seed), str(self.index), module, stream))

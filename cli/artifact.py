@@ -99,8 +99,11 @@ def draw(
         },
     )
     say(json_file, f"wrote {output / names[0]} to {names[-1]}, seed {seed}, tau {tau:g}, of {artifact.digest}")
+    distinct = artifact.num_distinct_samples
     if not artifact.has_posterior or tau == 0:
         warn(f"every sample equals the mean adapter: kind {artifact.config.kind}, tau {tau:g}")
+    elif distinct is not None and k > distinct:
+        warn(f"the samples repeat after {distinct}: the ensemble has so many members, and they have no posterior")
 
 
 def merge(
@@ -232,6 +235,8 @@ def _document(
         "lora_alpha": config.lora_alpha,
         "target_modules": list(config.target_modules),
         "settings": config.settings,
+        "member": config.member.model_dump() if config.member else None,
+        "num_distinct_samples": artifact.num_distinct_samples,
         "default_seed": config.default_seed,
         "sizes": _sizes(artifact),
         "tau": {str(k): fit.model_dump() for k, fit in sorted(config.tau.items())},
@@ -293,7 +298,7 @@ def _print(artifact: "Artifact", precision: "PrecisionReport", merged: "MergedMo
         rows(
             {
                 **model,
-                "kind": config.kind,
+                "kind": _kind(artifact),
                 "method": f"{config.method} (credence {config.credence_version})",
                 "digest": f"{artifact.digest} (verified)",
                 "base model": f"{config.base_model.name}{revision}",
@@ -330,6 +335,17 @@ def _print(artifact: "Artifact", precision: "PrecisionReport", merged: "MergedMo
             *(_ratio(precision.median_sd_over_ulp(dtype)) for dtype in dtypes),
             _ratio(median(relative) if relative else None),
         ],
+    )
+
+
+def _kind(artifact: "Artifact") -> str:
+    config = artifact.config
+    if config.kind != "ensemble":
+        return config.kind
+    members = len(next(iter(artifact.posteriors.values())).members)  # type: ignore[attr-defined]
+    own = f", each with a posterior of kind {config.member.kind}" if config.member else ""
+    return (
+        f"ensemble of {members}{own}; the mean adapter is the {config.mean}{' mean' if config.mean == 'exact' else ''}"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from credence.cli import artifact, bench, complete, score, serve, training
+from credence.cli import artifact, bench, complete, importer, score, serve, training
 from credence.cli.output import CommandError
 
 FAILED = 1
@@ -24,6 +24,7 @@ USAGE = 2
 app = typer.Typer(name="credence", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command("train")(training.train)
 app.command("release")(training.release)
+app.command("import")(importer.import_)
 app.command("inspect")(artifact.inspect)
 app.command("draw")(artifact.draw)
 app.command("merge")(artifact.merge)

@@ -67,9 +67,14 @@ class ServedAdapter:
         return bool(self.support) and {label[0] for label in tokens} == set(self.support)
 
     def sample(self, seed: int, index: int, tau: float) -> SampleRef:
-        """Identity of one sample; at tau = 0 and for point posteriors every sample is the mean, and shares one slot."""
+        """Identity of one sample; at tau = 0 and for point posteriors every sample is the mean, and shares one slot.
+
+        A member of an ensemble without further posterior is the same under every seed and tau.
+        """
         if tau == 0 or not self.artifact.has_posterior:
             seed, index, tau = 0, 0, 0.0
+        elif self.artifact.num_distinct_samples is not None:
+            seed, index, tau = 0, index % self.artifact.num_distinct_samples, 1.0
         return SampleRef(
             store=str(self.artifact.path),
             digest=self.artifact.digest,
@@ -307,12 +312,14 @@ class EnsembleService:
         self._count_slots()
 
     def default_samples(self, adapter: ServedAdapter) -> int:
-        """K when the request does not say: 1 for an adapter without posterior."""
-        return self.config.default_samples if adapter.artifact.has_posterior else 1
+        """K when the request does not say: every member of an ensemble, 1 for an adapter without posterior."""
+        most = self.max_samples(adapter)
+        return min(self.config.default_samples, most) if adapter.artifact.num_distinct_samples is None else most
 
     def max_samples(self, adapter: ServedAdapter) -> int:
-        """Largest K of an adapter: samples of an adapter without posterior would all be its mean."""
-        return self.config.max_samples if adapter.artifact.has_posterior else 1
+        """Largest K of an adapter: samples of an adapter without posterior would all be its mean, those of M points repeat after M."""
+        distinct = adapter.artifact.num_distinct_samples
+        return self.config.max_samples if distinct is None else min(self.config.max_samples, distinct)
 
     async def warm_up(self) -> None:
         """Draws the resident sample set of every adapter, so that the first request finds it.
@@ -350,11 +357,11 @@ class EnsembleService:
             else self.default_samples(adapter)
         )
         if k > most:
-            why = (
-                ""
-                if adapter.artifact.has_posterior
-                else f" ({model} was trained with {adapter.artifact.config.method}: no posterior)"
-            )
+            why = ""
+            if not adapter.artifact.has_posterior:
+                why = f" ({model} was trained with {adapter.artifact.config.method}: no posterior)"
+            elif most == adapter.artifact.num_distinct_samples:
+                why = f" (an ensemble of {most} members, each of which is one sample)"
             raise BadRequest(
                 f"uncertainty.n_samples must be 1 to {most} for {model}{why}, got {k}", param="uncertainty.n_samples"
             )

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from credence.training.errors import CheckpointError
+from credence.training.methods.base import Method
 
 RUN_FILE = "run.json"
 ADAPTER_FILE = "credence_adapter.safetensors"
+METHOD_FILE = "credence_method.safetensors"
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -63,6 +65,19 @@ def latest_checkpoint(folder: Path) -> Path | None:
             continue
         complete[int(state["global_step"])] = path
     return complete[max(complete)] if complete else None
+
+
+def save_method(method: Method, folder: Path) -> None:
+    """Saves what a method keeps beside the parameters and the optimiser."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in method.state().items()}
+    if state:
+        save_file(state, folder / METHOD_FILE)
+
+
+def load_method(method: Method, folder: Path) -> None:
+    """Loads what :func:`save_method` saved."""
+    if (folder / METHOD_FILE).exists():
+        method.load_state(load_file(folder / METHOD_FILE))
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:

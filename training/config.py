@@ -27,12 +27,14 @@ class LoraSettings(Section):
 
     Attributes:
         target_modules: names of the adapted linear layers, or ``all-linear``.
+        init: adapter to start from, an artifact (its mean) or a PEFT LoRA folder; r, alpha and target_modules are then that adapter's.
     """
 
     r: int = Field(default=8, ge=1)
-    alpha: int = Field(default=16, ge=1)
+    alpha: int | float = Field(default=16, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "v_proj")
+    init: str | None = None
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -46,20 +48,21 @@ class TrainSettings(Section):
     """The optimisation.
 
     Attributes:
-        max_steps: optimiser steps; excludes ``epochs``. Without either, 3 epochs.
+        max_steps: optimiser steps; excludes ``epochs``. Without either, 3 epochs. 0 makes a posterior of a given adapter
+            without training, for the methods that can.
         batch_size: rows per forward pass and device; times ``gradient_accumulation`` per optimiser step.
-        learning_rate, weight_decay, max_grad_norm: None takes the method's default.
+        learning_rate, weight_decay, max_grad_norm, lr_scheduler: None takes the method's default.
         dtype: of the base model; the adapter is always float32.
         max_length: longest row in tokens; None takes the model's context length. Longer rows are errors, never cut.
         save_steps: optimiser steps between checkpoints, 0 for none.
     """
 
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=0)
     epochs: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=8, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
-    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] | None = None
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float | None = Field(default=None, ge=0)
     max_grad_norm: float | None = Field(default=None, ge=0)

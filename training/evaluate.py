@@ -109,8 +109,9 @@ def _scores(
     result: dict[tuple[int, int], Scores] = {}
     for tau in dict.fromkeys(taus.values()):
         asked = [k for k in taus if taus[k] == tau]
-        # K = 0 and any K at tau 0 are the mean: one pass.
-        sizes = {k: 1 if tau == 0 else k for k in asked}
+        # K = 0 and any K at tau 0 are the mean: one pass. The members of an ensemble are so many and no more.
+        most = artifact.num_distinct_samples or max(asked)
+        sizes = {k: 1 if tau == 0 else min(k, most) for k in asked}
         draws: list[Factors] = [artifact.draw(seed=seed, index=i, tau=tau) for i in range(max(sizes.values()))]
         parts: dict[tuple[int, int], list[Scores]] = {}
         for prediction in predictor.predict(examples, draws, sorted(set(sizes.values()))):

@@ -1,5 +1,6 @@
 """Trains an adapter and writes its artifact."""
 
+import math
 import os
 import shutil
 import sys
@@ -22,22 +23,25 @@ from credence.training.checkpoint import checkpoint_folder, prepare_folder
 from credence.training.config import Section, TrainConfig
 from credence.training.data import DataFile, DataFormat, read_data
 from credence.training.errors import ConfigError, DataError, TrainingError
-from credence.training.methods import Method, method_class, method_settings
+from credence.training.init import read_start
+from credence.training.methods import METHODS, Method, Plan, TrainingRows, method_class, method_settings
 from credence.training.modeling import (
     add_lora,
     base_reference,
     context_length,
-    get_factors,
+    initialise,
     load_base,
     load_tokenizer,
+    set_factors,
 )
 from credence.training.predict import Predictor
-from credence.training.prompts import Encoder, Example, LabelSpace, collate, label_space
+from credence.training.prompts import Encoder, Example, LabelSpace, label_space
 from credence.training.release import ReleaseResult, fit, held_out_rows, precision_check
 from credence.training.session import pad_token
-from credence.training.trainer import BayesianTrainer, ProgressReport, logged_losses
+from credence.training.trainer import BayesianTrainer, JointRows, ProgressReport, collate_members, logged_losses
 
 KEPT_CHECKPOINTS = 2
+DEFAULT_EPOCHS = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +90,14 @@ def train(
     Args:
         base: folder or hub id of the base model.
         validation: held-out rows for tau and calibration; None leaves the artifact unreleased.
-        method: ``map``, ``monteclora`` or ``ivon``.
+        method: one of ``credence.training.methods.METHODS``.
         resume: continue from the last checkpoint, if there is one.
         progress: progress bar on standard error; plain lines otherwise.
         callbacks: more callbacks of transformers' Trainer.
 
     Raises:
         TrainingError: with the reason (ConfigError, DataError, ModelError, CheckpointError).
+        ArtifactError: the adapter to start from is refused.
     """
     config = config or TrainConfig()
     output = Path(output)
@@ -104,52 +109,76 @@ def train(
         )
     chosen = method_class(method)
     settings = method_settings(method, config.method)
+    _check_steps(chosen, config)
+    start = read_start(config.lora.init) if config.lora.init is not None else None
     tokenizer = load_tokenizer(base)
     set_seed(seed)
     model = load_base(base, config.train.dtype)
     reference = base_reference(base, model)
+    if start is not None:
+        config = config.model_copy(update={"lora": start.settings(config.lora, model)})
     loaded = _load_data(tokenizer, data, validation, config, context_length(model))
     run = {
         "base_model": reference.model_dump(),
         "method": method,
         "seed": seed,
         "config": {**config.model_dump(mode="json"), "method": settings.model_dump(mode="json")},
+        "init": start.record() if start else None,
+        "rows": {"format": str(loaded.train.format), **(loaded.space.record() if loaded.space else {})},
         "data": _file_record(loaded.train),
         "validation": _file_record(loaded.validation) if loaded.validation else None,
     }
     checkpoint = prepare_folder(output, run, resume=resume)
     peft_model, sites = add_lora(model, config.lora)
+    initialise(sites, seed)
+    if start is not None:
+        set_factors(sites, start.factors)
     trained: Method = chosen(settings, sites)
     trainer, seconds = _optimise(
         peft_model, trained, chosen, loaded, config, seed, output, checkpoint, pad_token(tokenizer), progress, callbacks
     )
-    mean, posteriors = get_factors(sites), trained.posteriors()
+    trained.fit_posterior(
+        TrainingRows(
+            model=peft_model,
+            sites=sites,
+            examples=loaded.examples,
+            pad_token=pad_token(tokenizer),
+            batch_size=config.train.batch_size,
+            seed=seed,
+        )
+    )
+    mean, posteriors = trained.mean(), trained.posteriors()
+    scaling, rank = config.lora.alpha / config.lora.r, next(iter(mean.values())).rank
+    alpha = config.lora.alpha * rank / config.lora.r
     released: ReleaseResult | None = None
     if loaded.held_out:
         predictor = Predictor(peft_model, sites, pad_token(tokenizer))
         tau, calibration = fit(predictor, loaded.held_out, mean, posteriors, config.release, say=_say)
-        precision = precision_check(mean, posteriors, scaling=config.lora.alpha / config.lora.r, tau=tau)
+        precision = precision_check(mean, posteriors, scaling=scaling, tau=tau)
         released = ReleaseResult(tau=tau, calibration=calibration, precision=precision, rows=len(loaded.held_out))
     metrics: dict[str, Any] = {
         "train": {"steps": trainer.state.global_step, "curve": logged_losses(trainer.state.log_history)},
         **({"release": released.metrics()} if released else {}),
     }
     artifact_config = PosteriorConfig(
-        kind=chosen.kind,  # type: ignore[arg-type]
+        **trained.posterior_fields(),
         method=method,
         credence_version=version("credence"),
         base_model=reference,
-        rank=config.lora.r,
-        lora_alpha=config.lora.alpha,
+        rank=rank,
+        lora_alpha=alpha,
         target_modules=tuple(sorted({name.rpartition(".")[2] for name in mean})),
-        settings=trained.posterior_settings(),
         tau=released.tau if released else {},
         training=_training_record(run, loaded, settings),
     )
     calibration = released.calibration if released else Calibration()
     digest = write_artifact(
         output,
-        adapter_config=_adapter_config(peft_model, reference),
+        adapter_config={
+            **_adapter_config(peft_model, reference),
+            "r": rank,
+            "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        },
         mean=mean,
         posteriors=posteriors,
         config=artifact_config,
@@ -200,7 +229,7 @@ def _optimise(
     progress: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> tuple[BayesianTrainer, float]:
-    options, defaults = config.train, chosen.defaults
+    options, defaults = config.train, chosen.defaults_for(method.settings)
     max_grad_norm = defaults.max_grad_norm if options.max_grad_norm is None else options.max_grad_norm
     if defaults.max_grad_norm == 0 and max_grad_norm > 0:
         raise ConfigError(
@@ -211,13 +240,13 @@ def _optimise(
     args = TrainingArguments(
         output_dir=str(checkpoint_folder(output)),
         max_steps=options.max_steps or -1,
-        num_train_epochs=options.epochs if options.epochs is not None else 3.0,
+        num_train_epochs=options.epochs or DEFAULT_EPOCHS,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
         learning_rate=learning_rate,
-        lr_scheduler_type=options.lr_scheduler,
+        lr_scheduler_type=options.lr_scheduler or defaults.lr_scheduler,
         warmup_steps=options.warmup_ratio,
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=max_grad_norm if method.num_members == 1 else 0.0,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         save_strategy="steps" if options.save_steps else "no",
@@ -242,12 +271,26 @@ def _optimise(
         weight_decay=defaults.weight_decay if options.weight_decay is None else options.weight_decay,
         model=model,
         args=args,
-        train_dataset=data.examples,
-        data_collator=lambda rows: collate(rows, pad),
+        train_dataset=JointRows(data.examples),
+        data_collator=lambda items: collate_members(items, pad),
         callbacks=[report, *callbacks],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    steps_per_epoch = math.ceil(math.ceil(len(data.examples) / options.batch_size) / options.gradient_accumulation)
+    num_steps = options.max_steps or math.ceil((options.epochs or DEFAULT_EPOCHS) * steps_per_epoch)
+    method.begin_training(
+        Plan(
+            num_steps=num_steps,
+            steps_per_epoch=steps_per_epoch,
+            num_rows=len(data.examples),
+            seed=seed,
+            max_grad_norm=max_grad_norm,
+            from_init=config.lora.init is not None,
+        )
+    )
     started = time.perf_counter()
+    if options.max_steps == 0:
+        return trainer, 0.0
     try:
         if checkpoint is None or not trainer.restore_finished(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -256,12 +299,29 @@ def _optimise(
     return trainer, time.perf_counter() - started
 
 
+def _check_steps(chosen: type[Method], config: TrainConfig) -> None:
+    if config.train.max_steps != 0:
+        return
+    if chosen.needs_steps:
+        able = ", ".join(name for name, other in METHODS.items() if not other.needs_steps) or "none"
+        raise ConfigError(
+            f"train.max_steps is 0; {chosen.name} is trained by steps, give 1 or more (methods that can do without: {able})",
+            key="train.max_steps",
+        )
+    if config.lora.init is None:
+        raise ConfigError(
+            f"train.max_steps is 0 and lora.init is not set, so there is no adapter for {chosen.name} to work on; set lora.init to an "
+            "artifact or a PEFT LoRA folder, or train.max_steps to 1 or more",
+            key="lora.init",
+        )
+
+
 def _training_record(run: dict[str, Any], data: _Data, settings: Section) -> dict[str, Any]:
     return {
-        "format": str(data.train.format),
-        **(data.space.record() if data.space else {}),
+        **run["rows"],
         "seed": run["seed"],
         "config": run["config"],
+        **({"init": run["init"]} if run["init"] else {}),
         "data": run["data"],
         "validation": {**run["validation"], "rows": len(data.held_out)} if run["validation"] else None,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},

@@ -1,8 +1,8 @@
 """The base model with its LoRA: loading, the modules that carry an adapter, and logits at chosen positions."""
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from credence.adapters.artifact import PEFT_PREFIX
 from credence.adapters.config import BaseModelRef
+from credence.adapters.peft_folder import PEFT_PREFIX
 from credence.adapters.posterior import LoraFactors, Noise, Posterior
+from credence.adapters.sampling import NoiseSource
 from credence.training.config import LoraSettings
 from credence.training.errors import ModelError
 
@@ -70,12 +71,16 @@ class LoraSite:
         layer: PEFT's LoRA layer.
         posterior: distribution to sample from in training mode; None uses the mean.
         noise: standard noise of the current optimiser step.
+        members: the factors of ensemble members that are trained side by side, instead of one pair.
+        row_signs: for a number of rows the signs [rows, n_in] and [rows, r] of each row's deviation of A (flipout); None without.
     """
 
     name: str
     layer: Any
     posterior: Posterior | None = None
     noise: Noise | None = None
+    members: "list[MemberSite]" = field(default_factory=list)
+    row_signs: Callable[[int], tuple[Tensor, Tensor]] | None = None
     _sampled_B: Tensor | None = None
 
     @property
@@ -89,11 +94,34 @@ class LoraSite:
         The gradient of the loss at the sample reaches the mean and the posterior's own parameters. A recomputed forward pass
         (gradient checkpointing) samples with the same noise.
         """
-        if self.posterior is None or self.noise is None:
-            raise RuntimeError(f"{self.name} has no noise; the method must draw it before the forward pass")
-        factors = self.posterior.sample(self.mean, self.noise)
+        factors = self.factors()
         self._sampled_B = factors.B
         return factors.A
+
+    def factors(self) -> LoraFactors:
+        """The factors of a training step: the sample where there is a posterior; of members stacked, [M, r, n_in] and [M, n_out, r].
+
+        Raises:
+            RuntimeError: there is a posterior and no noise.
+        """
+        if self.members:
+            pairs = [member.factors() for member in self.members]
+            return LoraFactors(A=torch.stack([pair.A for pair in pairs]), B=torch.stack([pair.B for pair in pairs]))
+        if self.posterior is None:
+            return self.mean
+        if self.noise is None:
+            raise RuntimeError(f"{self.name} has no noise; the method must draw it before the forward pass")
+        return self.posterior.sample(self.mean, self.noise)
+
+    def signs(self, rows: int) -> tuple[Tensor, Tensor] | None:
+        """The signs of a batch of ``rows`` rows, of members one after the other; None without."""
+        if not self.members:
+            return None if self.row_signs is None else self.row_signs(rows)
+        parts = [member.signs(rows // len(self.members)) for member in self.members]
+        drawn = [part for part in parts if part is not None]
+        if len(drawn) < len(parts):
+            return None
+        return torch.cat([inputs for inputs, _ in drawn]), torch.cat([outputs for _, outputs in drawn])
 
     def take_B(self) -> Tensor:
         """The B of the sample whose A was used last."""
@@ -102,8 +130,26 @@ class LoraSite:
         return factor
 
 
+class MemberSite(LoraSite):
+    """One member's factors of a module; ``layer`` is a module of its own that holds them and whatever its method registers."""
+
+    def __init__(self, name: str, mean: LoraFactors) -> None:
+        layer = nn.Module()
+        layer.register_parameter("A", nn.Parameter(mean.A.detach().clone()))
+        layer.register_parameter("B", nn.Parameter(mean.B.detach().clone()))
+        super().__init__(name, layer)
+
+    @property
+    def mean(self) -> LoraFactors:
+        """The member's parameters themselves."""
+        return LoraFactors(A=self.layer.A, B=self.layer.B)
+
+
 class _SampledLinear(nn.Linear):
-    """A LoRA factor whose weight in training mode is the site's sample; outside training it is the mean."""
+    """A LoRA factor whose weight in training mode is the site's sample; outside training it is the mean.
+
+    Of a site with M members the rows of a batch are the members' rows one after the other, as many for each.
+    """
 
     def __init__(self, site: LoraSite, factor: str, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -113,10 +159,25 @@ class _SampledLinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """x A^T or x B^T."""
-        if not self.training or self.site.posterior is None:
+        """x A^T or x B^T; with signs s and t of the batch's rows x A^T + t * ((s * x) (A_s - A)^T)."""
+        if not self.training or (self.site.posterior is None and not self.site.members):
             return F.linear(input, self.weight)
-        return F.linear(input, self.site.sample() if self.factor == "A" else self.site.take_B())
+        if self.factor == "B":
+            return _product(input, self.site.take_B())
+        A_s, signs = self.site.sample(), self.site.signs(input.shape[0])
+        if signs is None:
+            return _product(input, A_s)
+        s, t = (side.view(input.shape[0], *[1] * (input.ndim - 2), -1) for side in signs)
+        A = torch.stack([member.mean.A for member in self.site.members]) if self.site.members else self.site.mean.A
+        return _product(input, A) + t * _product(s * input, A_s - A)
+
+
+def _product(input: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of a weight [out, in], or of the weights [M, out, in] of M members, whose rows come one after the other."""
+    if weight.ndim == 2:
+        return F.linear(input, weight)
+    rows = input.reshape(weight.shape[0], -1, input.shape[-1])
+    return torch.bmm(rows, weight.transpose(1, 2)).reshape(*input.shape[:-1], weight.shape[1])
 
 
 def add_lora(model: Any, settings: LoraSettings) -> tuple[Any, list[LoraSite]]:
@@ -165,8 +226,21 @@ def lora_sites(peft_model: Any) -> list[LoraSite]:
     return sorted(sites, key=lambda site: site.name)
 
 
-def set_factors(sites: list[LoraSite], factors: Mapping[str, LoraFactors]) -> None:
-    """Copies factors into the model, for evaluation.
+def initialise(sites: Sequence[LoraSite], seed: int) -> None:
+    """PEFT's start of a LoRA, A uniform on +-1 / sqrt(n_in) and B zero, as a pure function of (seed, module).
+
+    PEFT draws from torch's global generator, so that a module's start depends on how many were made before it.
+    """
+    source = NoiseSource(seed, 0, "init")
+    with torch.no_grad():
+        for site in sites:
+            A = site.mean.A
+            A.copy_((2 * source.uniform(site.name, "A", tuple(A.shape)) - 1) / A.shape[1] ** 0.5)
+            site.mean.B.zero_()
+
+
+def set_factors(sites: Sequence[LoraSite], factors: Mapping[str, LoraFactors]) -> None:
+    """Copies factors into the model, for evaluation. Their rank may be another one than the model's own: alpha / r stays.
 
     Raises:
         ModelError: the modules or their shapes are not those of the model.
@@ -177,16 +251,21 @@ def set_factors(sites: list[LoraSite], factors: Mapping[str, LoraFactors]) -> No
         raise ModelError(f"the adapter and the base model differ in {len(difference)} modules, e.g. {difference[0]}")
     with torch.no_grad():
         for site in sites:
-            for target, source in ((site.mean.A, factors[site.name].A), (site.mean.B, factors[site.name].B)):
-                if target.shape != source.shape:
-                    raise ModelError(
-                        f"{site.name} has a factor of shape {tuple(source.shape)} and the base model needs "
-                        f"{tuple(target.shape)}: this is not the adapter's base model"
-                    )
-                target.copy_(source)
+            mean, given = site.mean, factors[site.name]
+            sizes, expected = (given.A.shape[1], given.B.shape[0]), (mean.A.shape[1], mean.B.shape[0])
+            if sizes != expected or given.B.shape[1] != given.rank:
+                raise ModelError(
+                    f"{site.name} has factors of shapes {tuple(given.A.shape)} and {tuple(given.B.shape)} and the base model needs "
+                    f"n_in = {expected[0]} and n_out = {expected[1]}: this is not the adapter's base model"
+                )
+            for target, source in ((mean.A, given.A), (mean.B, given.B)):
+                if target.shape == source.shape:
+                    target.copy_(source)
+                else:
+                    target.data = source.detach().to(device=target.device, dtype=target.dtype, copy=True)
 
 
-def get_factors(sites: list[LoraSite]) -> dict[str, LoraFactors]:
+def get_factors(sites: Sequence[LoraSite]) -> dict[str, LoraFactors]:
     """Copies of the mean factors, float32 on the CPU, by module."""
     return {
         site.name: LoraFactors(A=site.mean.A.detach().cpu().clone(), B=site.mean.B.detach().cpu().clone())

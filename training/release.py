@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from credence.adapters.artifact import Artifact, load_artifact, write_artifact
+from credence.adapters.artifact import Artifact, load_artifact, num_distinct_samples, write_artifact
 from credence.adapters.config import Calibration, CurvePoint, Fit
+from credence.adapters.kinds import EnsemblePosterior
 from credence.adapters.posterior import LoraFactors, Posterior, draw
 from credence.adapters.precision import PrecisionReport, measure_precision
 from credence.adapters.sampling import NoiseSource
@@ -35,7 +36,11 @@ PRECISION_DRAWS = 4
 TEMPERATURES: tuple[float, ...] = tuple(float(2 ** (i / 12)) for i in range(-24, 37))
 """Grid of temperatures, 0.25 to 8 in steps of 6 %: the likelihood's loss from rounding T to it is below 1e-3 nats."""
 
+MEMBERS_ALONE = 1e-12
+"""Of an ensemble tau = 0 is the one mean adapter; at this tau its samples are the members' means."""
+
 Say = Callable[[str], None]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +102,11 @@ class _Search:
             return
         grid = TEMPERATURES if temperatures or self.examples[0].candidates else (1.0,)
         if tau == 0:
-            values = _nll_by_temperature(self.predictor, self.examples, [self.mean], [1], grid)[1]
+            values = nll_by_temperature(self.predictor, self.examples, [self.mean], [1], grid)[1]
             by_k = dict.fromkeys((0, *self.ks), values)
         else:
             draws = [self._draw(tau, index) for index in range(max(self.ks))]
-            by_k = _nll_by_temperature(self.predictor, self.examples, draws, self.ks, grid)
+            by_k = nll_by_temperature(self.predictor, self.examples, draws, self.ks, grid)
         for k, values in by_k.items():
             self.nll[tau, k] = values[grid.index(1.0)]
             if len(grid) > 1:
@@ -141,19 +146,27 @@ def fit(
     Returns:
         tau by K (empty where the posterior is a point) and the calibration.
     """
-    ks = settings.ks
+    distinct = num_distinct_samples(posteriors)
+    ks = settings.ks if distinct is None else tuple(sorted({min(k, distinct) for k in settings.ks}))
     search = _Search(predictor, examples, mean, posteriors, ks, seed)
     search.measure(0.0)
     temperature = {0: search.temperature_fit(0.0, 0)}
     say(f"mean: held-out NLL {search.nll[0.0, 0]:.4f}, with T = {temperature[0].value:.2f} {temperature[0].nll:.4f}")
-    if all(posterior.kind == "point" for posterior in posteriors.values()):
-        return {}, Calibration(temperature={0: temperature[0], **dict.fromkeys(ks, temperature[0])})
+    if distinct == 1:
+        return {}, Calibration(temperature={0: temperature[0], **dict.fromkeys(settings.ks, temperature[0])})
+    if distinct is not None:
+        # Members without posteriors: there is no variance that tau could scale.
+        search.measure(1.0)
+        fits = {k: Fit(value=1.0, nll=search.nll[1.0, k]) for k in ks}
+        return fits, Calibration(temperature={**temperature, **{k: search.temperature_fit(1.0, k) for k in ks}})
 
     def measure(tau: float) -> None:
         if (tau, ks[0]) not in search.nll:
             search.measure(tau)
             say(f"tau {tau:g}: held-out NLL " + ", ".join(f"{search.nll[tau, k]:.4f} (K = {k})" for k in ks))
 
+    if any(isinstance(posterior, EnsemblePosterior) for posterior in posteriors.values()):
+        measure(MEMBERS_ALONE)
     worse = 0
     for tau in settings.taus:
         measure(tau)
@@ -224,8 +237,13 @@ def held_out_rows(data: DataFile, limit: int) -> list[Row]:
     count = len(data.rows)
     if count < 8:
         raise DataError(f"holds {count} rows; fitting tau and a temperature needs at least 8", file=data.path)
-    take = min(limit, count)
-    return [data.rows[(2 * i + 1) * count // (2 * take)] for i in range(take)]
+    return evenly_spaced(data.rows, limit)
+
+
+def evenly_spaced(items: Sequence[_T], limit: int) -> list[_T]:
+    """At most ``limit`` of the items, at equal distances."""
+    take = min(limit, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * take)] for i in range(take)]
 
 
 def precision_check(
@@ -287,13 +305,14 @@ def _rewrite(artifact: Artifact, path: str | Path, result: ReleaseResult, data: 
     )
 
 
-def _nll_by_temperature(
+def nll_by_temperature(
     predictor: Predictor,
     examples: Sequence[Example],
     draws: Sequence[Factors],
     ks: Sequence[int],
     temperatures: Sequence[float],
 ) -> dict[int, list[float]]:
+    """Mean negative log-likelihood (nats a position) of the average over the first K draws, at each temperature, by K."""
     sums = {k: torch.zeros(len(temperatures), dtype=torch.float64) for k in ks}
     counts = dict.fromkeys(ks, 0)
     for prediction in predictor.predict(examples, draws, ks):
@@ -314,4 +333,4 @@ def _beside(taus: Sequence[float], best: float) -> list[float]:
     return [(below * best) ** 0.5, (best * above) ** 0.5]
 
 
-__all__ = ["ReleaseResult", "fit", "held_out_rows", "precision_check", "release"]
+__all__ = ["ReleaseResult", "evenly_spaced", "fit", "held_out_rows", "nll_by_temperature", "precision_check", "release"]

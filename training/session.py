@@ -51,7 +51,7 @@ def open_session(
     dtype = dtype or training.get("config", {}).get("train", {}).get("dtype", "float32")
     model = load_base(base, dtype)
     settings = LoraSettings(
-        r=artifact.config.rank, alpha=int(artifact.config.lora_alpha), target_modules=tuple(sorted(artifact.mean))
+        r=artifact.config.rank, alpha=artifact.config.lora_alpha, target_modules=tuple(sorted(artifact.mean))
     )
     encoder = Encoder(tokenizer, data_format, space=space, max_length=context_length(model))
     model, sites = add_lora(model, settings)

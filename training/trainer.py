@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from credence.adapters.sampling import NoiseSource
-from credence.training.checkpoint import load_adapter, save_adapter
+from credence.training.checkpoint import load_adapter, load_method, save_adapter, save_method
 from credence.training.errors import TrainingError
 from credence.training.methods.base import Method
 from credence.training.modeling import logits_at
-from credence.training.prompts import IGNORED
+from credence.training.prompts import IGNORED, Example, collate
 
 
 class BayesianTrainer(Trainer):  # type: ignore[misc]
@@ -40,6 +41,7 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         self._method_options = {"learning_rate": learning_rate, "weight_decay": weight_decay}
         self._noise_step: int | None = None
         super().__init__(**kwargs)
+        self.add_callback(_StepEnd(method))
         # compute_loss divides by the number of target tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -51,10 +53,17 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
             optimizer = self.optimizer = self.method.optimizer(**self._method_options)
         return optimizer
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> "RowOrder":
+        """Every member has an order of its own."""
+        assert self.train_dataset is not None
+        seeds = range(self.noise_seed, self.noise_seed + self.method.num_members)
+        return RowOrder(len(self.train_dataset), tuple(seeds))
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Takes the micro-batches of one optimiser step and counts their target tokens."""
+        """Takes the micro-batches of one optimiser step and counts each member's target tokens, [M]."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        members = self.method.num_members
+        return batches, sum((batch["labels"][:, 1:] != IGNORED).view(members, -1).sum(1) for batch in batches)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of one micro-batch, under the noise of its optimiser step."""
@@ -63,6 +72,7 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
             self.method.begin_step(NoiseSource(self.noise_seed, step, "train"))
             self._noise_step = step
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        loss = loss / self.method.num_members  # what is shown; the gradients are there already
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"the loss is {float(loss)} at optimiser step {step + 1}: lower train.learning_rate, or use train.dtype=float32"
@@ -72,13 +82,16 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Share of one micro-batch in NLL per target token + regulariser; the shares of an optimiser step add up to it."""
-        nll_sum, count = target_nll(model, inputs)
-        total = count if num_items_in_batch is None else int(num_items_in_batch)
-        loss = nll_sum / total
+        """Share of one micro-batch in NLL per target token + regulariser; the shares of an optimiser step add up to it.
+
+        Of several members it is the sum over the members, none of which has a parameter of another.
+        """
+        nll_M, count_M = target_nll(model, inputs, self.method.num_members)
+        total_M = count_M if num_items_in_batch is None else num_items_in_batch.to(nll_M.device)
+        loss = (nll_M / total_M).sum()
         regulariser = self.method.regulariser()
         if regulariser is not None:
-            loss = loss + regulariser * (count / total)
+            loss = loss + (regulariser * (count_M / total_M)).sum()
         return (loss, {}) if return_outputs else loss
 
     def restore_finished(self, checkpoint: Path) -> bool:
@@ -90,7 +103,7 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         if state.global_step < state.max_steps:
             return False
         self.state = state
-        load_adapter(self.model, checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
         optimizer = self.create_optimizer()
         optimizer.load_state_dict(
             torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
@@ -98,21 +111,82 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         return True
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_adapter(self.model, Path(output_dir or self.args.output_dir))
+        folder = Path(output_dir or self.args.output_dir)
+        save_adapter(self.model, folder)
+        save_method(self.method, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self.model, Path(resume_from_checkpoint))
+        load_method(self.method, Path(resume_from_checkpoint))
 
 
-def target_nll(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """Sum of the negative log-likelihoods of the target tokens over the full vocabulary (nats), and their number."""
+class _StepEnd(TrainerCallback):  # type: ignore[misc]
+    """Tells the method that a step is done, before a checkpoint of it is written."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Passes the number of the step on."""
+        self.method.end_step(state.global_step)
+
+
+def target_nll(model: nn.Module, inputs: dict[str, Tensor], num_members: int = 1) -> tuple[Tensor, Tensor]:
+    """Sum of the negative log-likelihoods of the target tokens over the full vocabulary (nats), and their number, both [M].
+
+    Args:
+        num_members: M; the batch holds the members' rows one after the other, as many for each.
+    """
     labels = inputs["labels"]
     targets = labels[:, 1:]
     positions = (targets != IGNORED).any(0).nonzero().squeeze(1)
     logits = logits_at(model, inputs["input_ids"], inputs["attention_mask"], positions).float()
     kept = targets[:, positions]
-    loss = F.cross_entropy(logits.flatten(0, 1), kept.flatten(), ignore_index=IGNORED, reduction="sum")
-    return loss, int((kept != IGNORED).sum())
+    loss = F.cross_entropy(logits.flatten(0, 1), kept.flatten(), ignore_index=IGNORED, reduction="none")
+    return loss.view(num_members, -1).sum(1), (kept != IGNORED).view(num_members, -1).sum(1)
+
+
+class JointRows(Dataset[tuple[Example, ...]]):
+    """Rows by tuples of indices: one row for every member."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, indices: tuple[int, ...]) -> tuple[Example, ...]:
+        return tuple(self.examples[index] for index in indices)
+
+
+def collate_members(items: Sequence[tuple[Example, ...]], pad_token: int) -> dict[str, Tensor]:
+    """Pads a batch of B items to B rows of the first member, then B of the second, and so on."""
+    return collate([row for rows in zip(*items, strict=True) for row in rows], pad_token)
+
+
+class RowOrder(Sampler[tuple[int, ...]]):
+    """An order of all rows for every epoch and member, each a pure function of (seed, epoch).
+
+    Args:
+        count: number of rows.
+        seeds: one for each member.
+    """
+
+    def __init__(self, count: int, seeds: Sequence[int]) -> None:
+        self.count = count
+        self.seeds = seeds
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        orders = [NoiseSource(seed, self.epoch, "init").permutation("rows", self.count) for seed in self.seeds]
+        yield from zip(*orders, strict=True)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order comes next."""
+        self.epoch = epoch
 
 
 class ProgressReport(TrainerCallback):  # type: ignore[misc]

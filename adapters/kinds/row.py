@@ -1,16 +1,22 @@
-"""Kind ``row``: one standard deviation per row of A, a scale mixture (MonteCLoRA, Seth et al., TMLR 2025).
+"""Kind ``row``: one standard deviation per row of A, in two forms that are told apart by their tensors; B_s = B in both.
 
-With rho in R^r and beta in R^N trainable, c_j ~ chi2(dof) and pi ~ Dir(exp(beta)) in its logistic-normal form:
+Fixed (training-free Bayesianization, Shi et al., 2024), with rho in R^r:
+
+    A_s[j,:] = A[j,:] + sqrt(tau) exp(rho_j) z_j,    z_j ~ N(0, I)
+
+A scale mixture (MonteCLoRA, Seth et al., TMLR 2025). With rho in R^r and beta in R^N trainable, c_j ~ chi2(dof) and pi ~ Dir(exp(beta)) in
+its logistic-normal form:
 
     Sigma_jj = max(exp(2 rho_j) c_j, floor)                       the diagonal of a Wishart draw, clipped
     A_s[j,:] = A[j,:] + sqrt(tau) epsilon sqrt(Sigma_jj) sqrt(sum_k pi_k^2) z_j,    z_j ~ N(0, I)
-    B_s      = B
 
 The paper draws N component matrices S^(k) with columns ~ N(0, Sigma) and adds epsilon sum_k pi_k S^(k). Because pi and Sigma are
 shared by all columns, the sum is one Gaussian with variance sum_k pi_k^2 Sigma: the collapse is exact, costs O(r n_in) and keeps no
-buffer. Where we leave the paper: the floor (authors' code) keeps the chi-square's lower tail from underflowing; dof is a setting, r by
-default as in the authors' code, n_in in the text (docs/equations.md, section 3.3). The complexity terms of the training objective
-(section 5) are at the end of this module.
+buffer. In the paper's sparse mixture only the component with the largest pi_k is active: sum_k pi_k^2 becomes max_k pi_k^2.
+
+Where we leave the paper: the floor (authors' code) keeps the chi-square's lower tail from underflowing; dof is a setting, r by default as
+in the authors' code, n_in in the text (docs/equations.md, section 3.3). The complexity terms of the training objective (section 5) are at
+the end of this module.
 """
 
 from dataclasses import dataclass
@@ -24,6 +30,7 @@ from credence.adapters.posterior import LoraFactors, Noise, check_scale, check_s
 from credence.adapters.sampling import NoiseSource
 
 SETTINGS = ("epsilon", "dof", "floor")
+DOF_IS_N_IN, SPARSE = "dof_is_n_in", "sparse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,32 +41,50 @@ class RowPosterior:
         rho: [r], log scale of each row.
         beta: [N], log concentrations of the Dirichlet over the N components.
         epsilon: sample scaler (> 0).
-        dof: degrees of freedom of the Wishart distribution (> 0).
+        dof: degrees of freedom of the Wishart distribution (> 0); None is the module's own n_in.
         floor: smallest value of Sigma_jj (>= 0).
+        sparse: whether only the component with the largest pi is active.
     """
 
     kind: ClassVar[str] = "row"
     rho: Tensor
     beta: Tensor
     epsilon: float
-    dof: float
+    dof: float | None
     floor: float = 1e-3
+    sparse: bool = False
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], settings: dict[str, float]) -> "RowPosterior":
-        """Builds the posterior from its stored tensors and the artifact's settings."""
-        if set(tensors) != {"rho", "beta"} or set(settings) != set(SETTINGS):
+    def from_tensors(cls, tensors: dict[str, Tensor], settings: dict[str, float]) -> "RowPosterior | FixedRowPosterior":
+        """Builds the posterior of the form that the tensors belong to, with the artifact's settings."""
+        if set(tensors) == {"rho"} and not settings:
+            return FixedRowPosterior(rho=tensors["rho"])
+        own_dof = settings.get(DOF_IS_N_IN) == 1
+        needed = {"epsilon", "floor", DOF_IS_N_IN if own_dof else "dof"}
+        if (
+            set(tensors) != {"rho", "beta"}
+            or set(settings) - {SPARSE} != needed
+            or settings.get(SPARSE, 0) not in (0, 1)
+        ):
             raise PosteriorError(
-                f"kind row needs the tensors rho and beta and the settings {list(SETTINGS)}, "
-                f"got tensors {sorted(tensors)} and settings {sorted(settings)}"
+                f"kind row needs the tensors rho and beta and the settings {list(SETTINGS)} ({DOF_IS_N_IN} = 1 may stand for dof, and "
+                f"{SPARSE} = 0 or 1 be added), or the tensor rho alone and no settings, got tensors {sorted(tensors)} and settings "
+                f"{dict(sorted(settings.items()))}"
             )
-        return cls(rho=tensors["rho"], beta=tensors["beta"], **settings)
+        return cls(
+            rho=tensors["rho"],
+            beta=tensors["beta"],
+            epsilon=settings["epsilon"],
+            dof=None if own_dof else settings["dof"],
+            floor=settings["floor"],
+            sparse=settings.get(SPARSE) == 1,
+        )
 
     def noise(self, source: NoiseSource, module: str, mean: LoraFactors) -> Noise:
         """``z`` [r, n_in] and ``mixture`` [N] standard normal, ``chi2`` [r]."""
         return {
             "z": source.normal(module, "z", tuple(mean.A.shape)),
-            "chi2": source.chi2(module, "chi2", self.dof, self.rho.shape[0]),
+            "chi2": source.chi2(module, "chi2", self.degrees(mean), self.rho.shape[0]),
             "mixture": source.normal(module, "mixture", (self.beta.shape[0],)),
         }
 
@@ -70,8 +95,13 @@ class RowPosterior:
         device = mean.A.device
         variances = row_variances(self.rho, noise["chi2"].to(device), self.floor)
         weights = mixture_weights(self.beta, noise["mixture"].to(device))
-        row_sd = tau**0.5 * self.epsilon * (variances * weights.square().sum()).sqrt()
+        share = weights.max().square() if self.sparse else weights.square().sum()
+        row_sd = tau**0.5 * self.epsilon * (variances * share).sqrt()
         return LoraFactors(A=mean.A + row_sd[:, None] * noise["z"].to(device), B=mean.B)
+
+    def degrees(self, mean: LoraFactors) -> float:
+        """The degrees of freedom of this module's Wishart distribution."""
+        return float(mean.A.shape[1]) if self.dof is None else self.dof
 
     def tensors(self) -> dict[str, Tensor]:
         """``rho`` and ``beta``."""
@@ -85,13 +115,46 @@ class RowPosterior:
                 f"beta for {module} has shape {tuple(self.beta.shape)}; it must be a vector of N >= 1",
                 reason="wrong_shape",
             )
-        if not (0 < self.epsilon < float("inf") and 0 < self.dof < float("inf") and 0 <= self.floor < float("inf")):
+        dof_fits = self.dof is None or 0 < self.dof < float("inf")
+        if not (0 < self.epsilon < float("inf") and dof_fits and 0 <= self.floor < float("inf")):
             raise PosteriorError(
                 f"kind row needs epsilon > 0, dof > 0 and floor >= 0, got epsilon={self.epsilon}, dof={self.dof}, "
                 f"floor={self.floor}"
             )
         check_scale("rho", module, (2 * self.rho).exp())
         check_scale("beta", module, (-self.beta).exp())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedRowPosterior:
+    """Gaussian with one standard deviation per row of A; B is deterministic.
+
+    Attributes:
+        rho: log standard deviation of each row's entries, [r] float32.
+    """
+
+    kind: ClassVar[str] = "row"
+    rho: Tensor
+
+    def noise(self, source: NoiseSource, module: str, mean: LoraFactors) -> Noise:
+        """``z`` [r, n_in] standard normal."""
+        return {"z": source.normal(module, "z", tuple(mean.A.shape))}
+
+    def sample(self, mean: LoraFactors, noise: Noise, tau: float = 1.0) -> LoraFactors:
+        """A + sqrt(tau) exp(rho) z; gradients flow to the mean and rho."""
+        if tau == 0:
+            return mean
+        row_sd = tau**0.5 * self.rho.exp()
+        return LoraFactors(A=mean.A + row_sd[:, None] * noise["z"].to(mean.A.device), B=mean.B)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``rho``."""
+        return {"rho": self.rho}
+
+    def check(self, module: str, mean: LoraFactors) -> None:
+        """Raises PosteriorError unless rho has one entry per row and finite scales."""
+        check_shape("rho", module, self.rho, (mean.rank,))
+        check_scale("rho", module, self.rho.exp())
 
 
 def row_variances(rho: Tensor, chi2: Tensor, floor: float) -> Tensor:

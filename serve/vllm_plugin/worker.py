@@ -12,9 +12,9 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from credence.adapters.artifact import Artifact, load_artifact, peft_tensors
+from credence.adapters.artifact import Artifact, config_of_rank, load_artifact, peft_tensors
 from credence.adapters.errors import AdapterError, ArtifactError
-from credence.adapters.merged import delta, delta_config
+from credence.adapters.merged import delta
 from credence.serve.engine import SampleLoadError
 from credence.serve.samples import SCHEME, SampleRef
 
@@ -104,7 +104,7 @@ def load_sample(manager: Any, lora_request: Any, artifacts: ArtifactCache) -> An
         factors, config = artifact.draw(seed=ref.seed, index=ref.index, tau=ref.tau), artifact.adapter_config
         if ref.layout == "delta":
             factors = delta(factors, artifact.mean)
-            config = delta_config(config, factors)
+        config = config_of_rank(config, factors)
         # peft_tensors copies, and it has to: vLLM folds alpha / r into B in place, and a factor without noise is the artifact's own tensor.
         return _lora_model(manager, lora_request, config, peft_tensors(factors), set(artifact.mean))
     except (AdapterError, ValueError, OSError) as error:

@@ -20,6 +20,7 @@ from credence.adapters import (
     DiagPosterior,
     Fit,
     LoraFactors,
+    LowRankPosterior,
     PointPosterior,
     Posterior,
     PosteriorConfig,
@@ -54,6 +55,11 @@ def parts(kind: str = "diag", seed: int = 0) -> dict[str, Any]:
         elif kind == "row":
             posteriors[module] = RowPosterior(
                 rho=torch.randn(RANK, generator=generator), beta=torch.randn(4, generator=generator), **ROW_SETTINGS
+            )
+        elif kind == "lowrank":
+            posteriors[module] = LowRankPosterior(
+                log_sd=torch.randn(RANK * (n_in + n_out), generator=generator),
+                deviations=torch.randn(4, RANK * (n_in + n_out), generator=generator),
             )
         else:
             posteriors[module] = PointPosterior()
@@ -136,7 +142,7 @@ def same_factors(a: dict[str, LoraFactors], b: dict[str, LoraFactors]) -> bool:
 # --- writing and reading ---
 
 
-@pytest.mark.parametrize("kind", ["diag", "row", "point"])
+@pytest.mark.parametrize("kind", ["diag", "row", "lowrank", "point"])
 def test_round_trip(tmp_path: Path, kind: str) -> None:
     given = parts(kind)
     digest = write_artifact(tmp_path / "a", **given)
@@ -451,14 +457,39 @@ def test_tensors_that_do_not_fit_are_refused(
     refused(folder, reason, message)
 
 
-def test_a_module_without_a_posterior_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "modules", "message"),
+    [
+        ("diag", (FIRST, SECOND), "neither log_sd_A nor log_sd_B"),
+        ("lowrank", (FIRST, SECOND), "kind lowrank needs the tensors"),
+        ("row", (SECOND,), "kind row needs the tensors"),
+    ],
+)
+def test_a_posterior_without_the_tensors_it_needs_is_refused(
+    tmp_path: Path, kind: str, modules: tuple[str, ...], message: str
+) -> None:
+    write(tmp_path / "artifact", kind)
+
     def drop(tensors: dict[str, Any]) -> None:
-        for name in [name for name in tensors if name.startswith(SECOND)]:
+        for name in [name for name in tensors if name.startswith(modules)]:
             del tensors[name]
 
-    edit_tensors(folder / "posterior.safetensors", drop)
-    sign(folder)
-    refused(folder, "malformed", f"kind diag for {SECOND} has neither log_sd_A nor log_sd_B")
+    edit_tensors(tmp_path / "artifact/posterior.safetensors", drop)
+    sign(tmp_path / "artifact")
+    refused(tmp_path / "artifact", "malformed", message)
+
+
+@pytest.mark.parametrize("kind", ["diag", "lowrank"])
+def test_a_module_may_be_deterministic_beside_others(tmp_path: Path, kind: str) -> None:
+    """Last-layer Laplace: the modules before the last block have no noise."""
+    given = parts(kind)
+    given["posteriors"][FIRST] = PointPosterior()
+    write_artifact(tmp_path / "a", **given)
+    artifact = load_artifact(tmp_path / "a")
+    assert artifact.has_posterior and artifact.posteriors[FIRST] == PointPosterior()
+    drawn, mean = artifact.draw(seed=0, index=0, tau=1.0), artifact.mean
+    assert torch.equal(drawn[FIRST].A, mean[FIRST].A) and torch.equal(drawn[FIRST].B, mean[FIRST].B)
+    assert not torch.equal(drawn[SECOND].A, mean[SECOND].A) and not torch.equal(drawn[SECOND].B, mean[SECOND].B)
 
 
 @pytest.mark.parametrize(
@@ -495,9 +526,9 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, settings: dict[str, A
         ("posterior.json", {"sampler": "x"}, "malformed", "posterior.json: sampler: Extra inputs"),
         (
             "posterior.json",
-            {"kind": "lowrank"},
+            {"kind": "horseshoe"},
             "malformed",
-            "posterior.json: kind: Input should be 'point', 'diag' or",
+            "posterior.json: kind: Input should be 'point', 'diag',",
         ),
         ("posterior.json", {"generator": "torch"}, "malformed", "posterior.json: generator"),
         ("posterior.json", {"settings": {"epsilon": 1.0}}, "malformed", r"kind diag has no \['epsilon'\]"),
@@ -779,7 +810,7 @@ def test_peft_loads_the_mean_and_samples_and_computes_the_same(base: Path, tmp_p
 
     from tests.tiny import make_artifact
 
-    artifact = make_artifact(tmp_path / "artifact", kind=kind)
+    artifact = make_artifact(tmp_path / "artifact", form=kind)
     write_sample(tmp_path / "sample", artifact, seed=1, index=2, tau=1.0)
     ids = torch.arange(10, 34).reshape(2, 12)
     logits = []

@@ -207,7 +207,7 @@ def test_merge_into_another_base_warns(base: Path, tmp_path: Path, credence: Com
     (tmp_path / "copy").mkdir()
     for path in base.iterdir():
         (tmp_path / "copy" / path.name).symlink_to(path)
-    artifact = make_artifact(tmp_path / "a", kind="point")
+    artifact = make_artifact(tmp_path / "a", form="point")
     outcome = credence(
         "merge", artifact.path, "--base", tmp_path / "copy", "--output", tmp_path / "out", "--name", "b.c-1"
     )
@@ -228,7 +228,7 @@ def test_merge_into_another_base_warns(base: Path, tmp_path: Path, credence: Com
 def test_merge_refuses_in_one_sentence(
     base: Path, tmp_path: Path, credence: Command, arguments: list[str], message: str
 ) -> None:
-    artifact = make_artifact(tmp_path / "a", kind="row")
+    artifact = make_artifact(tmp_path / "a", form="row")
     (tmp_path / "empty").mkdir()
     given = [part.format(tmp=tmp_path) for part in arguments]
     outcome = credence("merge", artifact.path, "--base", base, "--output", tmp_path / "out", *given)

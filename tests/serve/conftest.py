@@ -116,9 +116,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """One adapter of each kind."""
     folder = tmp_path_factory.mktemp("artifacts")
     return {
-        "diag": make_artifact(folder / "diag", kind="diag"),
-        "row": make_artifact(folder / "row", kind="row", seed=6, tau={8: 2.0}, temperature={0: 0.8, 2: 1.3, 8: 1.7}),
-        "point": make_artifact(folder / "point", kind="point", seed=7),
+        "diag": make_artifact(folder / "diag", form="diag"),
+        "row": make_artifact(folder / "row", form="row", seed=6, tau={8: 2.0}, temperature={0: 0.8, 2: 1.3, 8: 1.7}),
+        "point": make_artifact(folder / "point", form="point", seed=7),
     }
 
 

@@ -46,7 +46,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     small = {"modules": ("self_attn.q_proj",), "rank": 2, "alpha": 3}
     return {
         "triage": make_artifact(folder / "triage", tau={8: 3.0, 32: 5.0}, **small),
-        "map": make_artifact(folder / "map", kind="point", **small),
+        "map": make_artifact(folder / "map", form="point", **small),
         "labels": make_artifact(
             folder / "labels",
             temperature={0: 0.5, 2: 1.5, 8: 3.0},

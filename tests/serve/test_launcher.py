@@ -132,7 +132,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merged_model(base: Path, folder: Path, kind: str = "diag") -> Path:
     shapes = {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in SHAPES.items()}
-    artifact = make_artifact(folder / kind, kind=kind)
+    artifact = make_artifact(folder / kind, form=kind)
     reference = BaseModelRef(name="tiny")
     merge(artifact.path, base, folder / "merged", linear_modules=shapes, base_model=reference, name="triage")
     return folder / "merged"

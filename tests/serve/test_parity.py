@@ -102,7 +102,7 @@ def test_parity_on_a_pretrained_model(tmp_path: Path) -> None:
         "mlp.down_proj": (64, 172),
     }
     artifacts = {
-        kind: make_artifact(tmp_path / kind, kind=kind, shapes=shapes, layers=5, noise=0.5) for kind in ("diag", "row")
+        kind: make_artifact(tmp_path / kind, form=kind, shapes=shapes, layers=5, noise=0.5) for kind in ("diag", "row")
     }
     command = credence_command(base, {kind: artifact.path for kind, artifact in artifacts.items()})
     running = start(command, tmp_path / "log", "/readyz")

@@ -116,6 +116,14 @@ QUICK = [
 METHOD_OPTIONS = {
     "map": ["train.learning_rate=0.01"],
     "monteclora": ["train.learning_rate=0.01", "method.epsilon=0.05"],
+    "melora": ["train.learning_rate=0.01", "method.initial_sd=0.1"],
+    "blob": ["train.learning_rate=0.01", "method.initial_sd=0.05"],
+    "laplace": ["train.learning_rate=0.01"],
+    "swa": ["train.learning_rate=0.01"],
+    "swag": ["train.learning_rate=0.01"],
+    "mcdropout": ["train.learning_rate=0.01", "lora.dropout=0.2"],
+    "tfb": ["train.learning_rate=0.01", "method.samples=3", "method.max_rows=8"],
+    "ensemble": ["train.learning_rate=0.01", "method.members=4"],
     "ivon": ["train.learning_rate=1", "method.ess=1e5", "method.hess_init=1e-2"],
 }
 

@@ -10,7 +10,17 @@ import torch
 from transformers import TrainerCallback
 
 from credence.adapters.artifact import load_artifact
-from credence.adapters.kinds import DiagPosterior, PointPosterior, RowPosterior
+from credence.adapters.kinds import (
+    CorePosterior,
+    DiagPosterior,
+    EnsemblePosterior,
+    FixedRowPosterior,
+    KroneckerPosterior,
+    LowRankPosterior,
+    MaskPosterior,
+    PointPosterior,
+    RowPosterior,
+)
 from credence.adapters.sampling import NoiseSource
 from credence.training.checkpoint import checkpoint_folder, latest_checkpoint
 from credence.training.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingError
@@ -19,7 +29,19 @@ from credence.training.methods import METHODS
 from tests.training.conftest import label_rows, quick_config
 
 Write = Callable[..., Path]
-KINDS = {"map": PointPosterior, "monteclora": RowPosterior, "ivon": DiagPosterior}
+KINDS = {
+    "map": PointPosterior,
+    "swa": PointPosterior,
+    "swag": LowRankPosterior,
+    "laplace": KroneckerPosterior,
+    "monteclora": RowPosterior,
+    "melora": CorePosterior,
+    "blob": DiagPosterior,
+    "ivon": DiagPosterior,
+    "mcdropout": MaskPosterior,
+    "tfb": FixedRowPosterior,
+    "ensemble": EnsemblePosterior,
+}
 
 
 class StopAfter(TrainerCallback):  # type: ignore[misc]
@@ -108,7 +130,7 @@ def test_the_artifact_of_a_run(
     assert training["format"] == "label"
     assert training["data"] == {"file": "train.jsonl", "rows": 24, "sha256": training["data"]["sha256"]}
     assert set(artifact.calibration.temperature) == {0, 2, 4}
-    assert set(artifact.config.tau) == (set() if method == "map" else {2, 4})
+    assert set(artifact.config.tau) == (set() if KINDS[method] is PointPosterior else {2, 4})
     assert artifact.metrics == result.metrics and artifact.metrics["train"]["steps"] == 4
     card = (result.path / "README.md").read_text()
     assert f"`{method}`" in card and "bird `A`" in card
@@ -130,7 +152,7 @@ class Gradients(TrainerCallback):  # type: ignore[misc]
             self.gradients = {n: p.grad.clone() for n, p in kwargs["model"].named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("method", ["monteclora", "ivon"])
+@pytest.mark.parametrize("method", ["monteclora", "ivon", "melora", "blob"])
 def test_the_noise_holds_through_accumulation_and_recomputation(
     method: str, base: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,13 +162,12 @@ def test_the_noise_holds_through_accumulation_and_recomputation(
 
     def record(self: NoiseSource, seed: int, index: int, purpose: Any = "sample") -> None:
         original(self, seed, index, purpose)
-        drawn.append((index, purpose))
+        if purpose != "init":
+            drawn.append((index, purpose))
 
     monkeypatch.setattr(NoiseSource, "__init__", record)
     plain, split = Gradients(), Gradients()
-    shared = ["train.max_steps=2", "train.max_grad_norm=0", "method.kl_weight=0.01"][
-        : 3 if method == "monteclora" else 2
-    ]
+    shared = ["train.max_steps=2", "train.max_grad_norm=0", "method.kl_weight=0.01"][: 2 if method == "ivon" else 3]
     train(
         base,
         train_file,

@@ -6,15 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.monteclora import MontecloraSampler
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from credence.adapters.artifact import load_artifact
 from credence.adapters.kinds import RowPosterior
 from credence.adapters.kinds.row import cooperative, kl_dirichlet, kl_normal, kl_wishart
 from credence.adapters.posterior import LoraFactors, draw
 from credence.adapters.sampling import NoiseSource
+from credence.training.checkpoint import checkpoint_folder, latest_checkpoint
 from credence.training.config import LoraSettings
+from credence.training.errors import ConfigError
+from credence.training.loop import train
 from credence.training.methods.monteclora import MonteCLora, MonteCLoraSettings
 from credence.training.modeling import LoraSite, add_lora, load_base
+from tests.training.conftest import quick_config
+from tests.training.test_loop import StopAfter
 
 
 def adapted(base: Path, **settings: float) -> tuple[nn.Module, list[LoraSite], MonteCLora]:
@@ -155,3 +162,80 @@ def test_moments_of_the_draw_equal_pefts_sampler() -> None:
     torch.testing.assert_close(variance_o, variance_t, rtol=0.05, atol=0)
     torch.testing.assert_close(kurtosis_o, kurtosis_t, rtol=0.15, atol=0)
     assert bool((kurtosis_o > 4).all())  # a scale mixture, not a Gaussian
+
+
+def test_dof_of_each_modules_own_n_in(base: Path) -> None:
+    """MLP down_proj has n_in 48, q_proj 32: the draws and the Wishart terms differ accordingly."""
+    model, sites = add_lora(load_base(base, "float32"), LoraSettings(r=4, target_modules=("q_proj", "down_proj")))
+    method = MonteCLora(MonteCLoraSettings(dof="n_in", kl_weight=1.0, cooperative_weight=0.0, initial_rho=0.3), sites)
+    assert method.posterior_settings() == {"epsilon": 5e-3, "floor": 1e-3, "dof_is_n_in": 1.0}
+    assert {site.mean.A.shape[1] for site in sites} == {32, 48}
+    source = NoiseSource(1, 0, "train")
+    method.begin_step(source)
+    expected = 0.0
+    for site in sites:
+        n_in = float(site.mean.A.shape[1])
+        rho, beta = site.layer.credence_rho.detach(), site.layer.credence_beta.detach()
+        chi2 = source.chi2(site.name, "chi2", n_in, 4)
+        assert site.noise is not None and torch.equal(site.noise["chi2"], chi2)
+        expected += float(kl_dirichlet(beta, 1.0) + kl_wishart(rho, n_in) + kl_normal((2 * rho).exp() * chi2))
+        again = RowPosterior.from_tensors(method.posteriors()[site.name].tensors(), method.posterior_settings())
+        assert again.dof is None and again.degrees(site.mean) == n_in
+    assert float(method.regulariser().detach()) == pytest.approx(expected / len(sites), rel=1e-5)
+
+
+def test_the_sparse_mixture_is_what_training_and_serving_draw(base: Path) -> None:
+    model, sites, method = adapted(base, epsilon=0.05, sparse=True)
+    for site in sites:
+        nn.init.normal_(site.layer.credence_beta, 0.0, 0.5)
+    assert method.posterior_settings() == {"epsilon": 0.05, "dof": 4.0, "floor": 1e-3, "sparse": 1.0}
+    source = NoiseSource(3, 7, "train")
+    method.begin_step(source)
+    for site in sites:
+        stored = RowPosterior.from_tensors(method.posteriors()[site.name].tensors(), method.posterior_settings())
+        assert torch.equal(site.factors().A, draw(stored, site.mean, source, site.name, 1.0).A)
+        dense = RowPosterior(rho=stored.rho, beta=stored.beta, epsilon=0.05, dof=4.0)
+        dense_sd = (draw(dense, site.mean, source, site.name, 1.0).A - site.mean.A).detach().norm()
+        assert float((site.factors().A - site.mean.A).detach().norm()) < 0.99 * float(dense_sd)
+    model.train()
+    nll(model).backward()
+    assert all(float(site.layer.credence_beta.grad.abs().sum()) > 0 for site in sites)
+
+
+def test_an_artifact_of_the_sparse_mixture_draws_sparsely(base: Path, train_file: Path, tmp_path: Path) -> None:
+    config = quick_config("monteclora", "method.sparse=true", "method.dof=n_in")
+    artifact = load_artifact(train(base, train_file, None, "monteclora", tmp_path / "out", config).path)
+    for posterior in artifact.posteriors.values():
+        assert isinstance(posterior, RowPosterior) and posterior.sparse and posterior.dof is None
+
+
+def test_post_hoc_keeps_the_adapter_and_resumes(base: Path, train_file: Path, tmp_path: Path) -> None:
+    start = train(base, train_file, None, "map", tmp_path / "start", quick_config("map")).path
+    config = quick_config("monteclora", "method.posthoc=true", f"lora.init={start}", "train.save_steps=2")
+    whole = load_artifact(train(base, train_file, None, "monteclora", tmp_path / "whole", config).path)
+    for name, factors in load_artifact(start).mean.items():
+        assert torch.equal(whole.mean[name].A, factors.A) and torch.equal(whole.mean[name].B, factors.B)
+        posterior = whole.posteriors[name]
+        assert isinstance(posterior, RowPosterior)
+        assert bool((posterior.rho != 0).all()) and bool((posterior.beta != 0).all())
+    with pytest.raises(KeyboardInterrupt):
+        train(base, train_file, None, "monteclora", tmp_path / "cut", config, callbacks=[StopAfter(3)])
+    found = latest_checkpoint(checkpoint_folder(tmp_path / "cut"))
+    assert found is not None
+    stored = load_file(found / "credence_adapter.safetensors")
+    assert len(stored) == 8 and all("credence_" in name for name in stored)  # rho and beta of four modules
+    resumed = train(base, train_file, None, "monteclora", tmp_path / "cut", config, 0, True)
+    assert resumed.digest == whole.digest
+
+
+def test_post_hoc_needs_an_adapter(base: Path, train_file: Path, tmp_path: Path) -> None:
+    config = quick_config("monteclora", "method.posthoc=true")
+    with pytest.raises(ConfigError, match="method.posthoc keeps A and B of a trained adapter") as caught:
+        train(base, train_file, None, "monteclora", tmp_path / "out", config)
+    assert caught.value.key == "lora.init"
+
+
+@pytest.mark.parametrize("dof", ["0", "-1", "n_out"])
+def test_other_degrees_of_freedom_are_refused(dof: str, base: Path, train_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"method\.dof"):
+        train(base, train_file, None, "monteclora", tmp_path / "o", quick_config("monteclora", f"method.dof={dof}"))

@@ -5,12 +5,22 @@ from typing import Any
 
 from credence.training.config import Section, parse_section
 from credence.training.errors import ConfigError
-from credence.training.methods.base import Method
+from credence.training.methods.base import Method, Plan, TrainingRows
+from credence.training.methods.blob import Blob
+from credence.training.methods.ensemble import Ensemble
 from credence.training.methods.ivon import Ivon
+from credence.training.methods.laplace import Laplace
 from credence.training.methods.map import Map
+from credence.training.methods.mcdropout import McDropout
+from credence.training.methods.melora import MeLora
 from credence.training.methods.monteclora import MonteCLora
+from credence.training.methods.swag import Swa, Swag
+from credence.training.methods.tfb import Tfb
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Map, MonteCLora, Ivon)}  # type: ignore[type-abstract]
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (Map, MonteCLora, Ivon, MeLora, Blob, Laplace, Swa, Swag, McDropout, Tfb, Ensemble)
+}
 
 
 def method_class(name: str) -> type[Method]:
@@ -29,4 +39,22 @@ def method_settings(name: str, document: Mapping[str, Any]) -> Section:
     return parse_section(method_class(name).settings_class, document, prefix="method")
 
 
-__all__ = ["METHODS", "Ivon", "Map", "Method", "MonteCLora", "method_class", "method_settings"]
+__all__ = [
+    "METHODS",
+    "Blob",
+    "Ensemble",
+    "Ivon",
+    "Laplace",
+    "Map",
+    "McDropout",
+    "MeLora",
+    "Method",
+    "MonteCLora",
+    "Plan",
+    "Swa",
+    "Swag",
+    "Tfb",
+    "TrainingRows",
+    "method_class",
+    "method_settings",
+]

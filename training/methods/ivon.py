@@ -23,7 +23,7 @@ from credence.adapters.kinds import DiagPosterior
 from credence.adapters.posterior import LoraFactors, Posterior
 from credence.adapters.sampling import NoiseSource
 from credence.training.config import Section
-from credence.training.methods.base import MethodDefaults, factor_parameters
+from credence.training.methods.base import Method, MethodDefaults, factor_parameters
 from credence.training.modeling import LoraSite
 
 
@@ -120,18 +120,18 @@ class IvonOptimizer(torch.optim.Optimizer):
         raise KeyError("the parameter is not one of this optimiser's")
 
 
-class Ivon:
+class Ivon(Method):
     """Trains A and B with IVON and keeps a Gaussian over each of their entries."""
 
     name: ClassVar[str] = "ivon"
     kind: ClassVar[str] = "diag"
     settings_class: ClassVar[type[Section]] = IvonSettings
+    # There is no regulariser: the prior acts through the weight decay.
     # max_grad_norm 0: clipping a norm after the gradient was taken would bias the Hessian estimate; IVON clips its own update.
     defaults: ClassVar[MethodDefaults] = MethodDefaults(learning_rate=0.03, weight_decay=1e-6, max_grad_norm=0.0)
 
     def __init__(self, settings: IvonSettings, sites: Sequence[LoraSite]) -> None:
-        self.settings = settings
-        self.sites = list(sites)
+        super().__init__(settings, sites)
         self._optimizer: IvonOptimizer | None = None
 
     def optimizer(self, *, learning_rate: float, weight_decay: float) -> IvonOptimizer:
@@ -154,10 +154,6 @@ class Ivon:
             optimizer.set_noise(mean.A, deviation.A)
             optimizer.set_noise(mean.B, deviation.B)
 
-    def regulariser(self) -> None:
-        """No term: the prior acts through the weight decay."""
-        return None
-
     def posteriors(self) -> dict[str, Posterior]:
         """Kind ``diag`` with log_sd of A and B."""
         result: dict[str, Posterior] = {}
@@ -166,10 +162,6 @@ class Ivon:
             assert posterior.log_sd_A is not None and posterior.log_sd_B is not None
             result[site.name] = DiagPosterior(log_sd_A=posterior.log_sd_A.cpu(), log_sd_B=posterior.log_sd_B.cpu())
         return result
-
-    def posterior_settings(self) -> dict[str, float]:
-        """None: the standard deviations say it all."""
-        return {}
 
     def _posterior(self, site: LoraSite) -> DiagPosterior:
         optimizer = self._built()

@@ -6,10 +6,14 @@ with M modules, A_s drawn by the posterior that serving draws from (credence.ada
 eqs. 12, 11 and 10 and the last term its cooperative loss, eq. 13. A, B, rho and beta are ordinary leaves of one AdamW optimiser
 and all receive the gradient of the task. (The authors' public code makes lora_A.weight a new leaf in every forward pass, so the
 optimiser never updates A, and applies epsilon twice; we follow the paper.)
+
+Two of the paper's variants are settings. Post hoc: A and B are a given adapter's (``lora.init``) and stay as they are; only rho and beta
+train. Sparse mixture: only the component with the largest pi acts in the draw, and the gradient reaches beta through that maximum; the
+cooperative loss stays sum_k pi_k^2.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +21,8 @@ from torch import Tensor, nn
 
 from credence.adapters.kinds import RowPosterior
 from credence.adapters.kinds.row import (
+    DOF_IS_N_IN,
+    SPARSE,
     cooperative,
     kl_dirichlet,
     kl_normal,
@@ -27,7 +33,8 @@ from credence.adapters.kinds.row import (
 from credence.adapters.posterior import Posterior
 from credence.adapters.sampling import NoiseSource
 from credence.training.config import Section
-from credence.training.methods.base import MethodDefaults, factor_parameters
+from credence.training.errors import ConfigError
+from credence.training.methods.base import Method, Plan, factor_parameters
 from credence.training.modeling import LoraSite
 
 
@@ -39,37 +46,42 @@ class MonteCLoraSettings(Section):
         components: N, number of mixture components.
         kl_weight: eta.
         dirichlet_prior: concentration of the symmetric Dirichlet prior.
-        dof: degrees of freedom of the Wishart distribution; None is r (the authors' code; the text says n_in).
+        dof: degrees of freedom of the Wishart distribution; None is r (the authors' code), ``n_in`` each module's own (the text).
         floor: smallest variance of a row before epsilon.
         cooperative_weight: factor of the cooperative loss, 1 in the paper.
         initial_rho: start of rho; 0 puts V at the prior's identity. (PEFT starts at random values in [0, 1].)
+        posthoc: A and B of ``lora.init`` are kept, and only rho and beta train.
+        sparse: only the component with the largest pi is active in a draw.
     """
 
     epsilon: float = Field(default=5e-3, gt=0)
     components: int = Field(default=4, ge=1)
     kl_weight: float = Field(default=1e-5, ge=0)
     dirichlet_prior: float = Field(default=1.0, gt=0)
-    dof: float | None = Field(default=None, gt=0)
+    dof: Annotated[float, Field(gt=0)] | Literal["n_in"] | None = None
     floor: float = Field(default=1e-3, gt=0)
     cooperative_weight: float = Field(default=1.0, ge=0)
     initial_rho: float = 0.0
+    posthoc: bool = False
+    sparse: bool = False
 
 
-class MonteCLora:
+class MonteCLora(Method):
     """Trains A, B, rho and beta of every module by the objective above."""
 
     name: ClassVar[str] = "monteclora"
     kind: ClassVar[str] = "row"
     settings_class: ClassVar[type[Section]] = MonteCLoraSettings
-    defaults: ClassVar[MethodDefaults] = MethodDefaults(learning_rate=2e-4, weight_decay=0.0, max_grad_norm=1.0)
 
     def __init__(self, settings: MonteCLoraSettings, sites: Sequence[LoraSite]) -> None:
-        self.settings = settings
-        self.sites = list(sites)
-        self.dof = float(settings.dof if settings.dof is not None else self.sites[0].mean.rank)
+        super().__init__(settings, sites)
+        self.dof = _degrees(settings, self.sites[0])
         self.posterior_of: dict[str, RowPosterior] = {}
         for site in self.sites:
             A = site.mean.A
+            if settings.posthoc:
+                site.mean.A.requires_grad_(False)
+                site.mean.B.requires_grad_(False)
             rho = nn.Parameter(torch.full((A.shape[0],), settings.initial_rho, dtype=torch.float32, device=A.device))
             beta = nn.Parameter(torch.zeros(settings.components, dtype=torch.float32, device=A.device))
             # With one component pi is 1 whatever beta is, and the square root in its draw has no gradient there.
@@ -86,23 +98,35 @@ class MonteCLora:
             epsilon=self.settings.epsilon,
             dof=self.dof,
             floor=self.settings.floor,
+            sparse=self.settings.sparse,
         )
         self.posterior_of[site.name] = posterior
         return posterior
 
     def optimizer(self, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW over A, B, rho and beta at one learning rate; weight decay on A and B only."""
+        """AdamW over A, B, rho and beta at one learning rate, post hoc over rho and beta alone; weight decay on A and B only."""
         variational = [
             parameter
             for posterior in self.posterior_of.values()
             for parameter in (posterior.rho, posterior.beta)
             if parameter.requires_grad
         ]
-        groups = [
-            {"params": factor_parameters(self.sites), "weight_decay": weight_decay},
-            {"params": variational, "weight_decay": 0.0},
-        ]
+        groups = [{"params": variational, "weight_decay": 0.0}]
+        if not self.settings.posthoc:
+            groups.insert(0, {"params": factor_parameters(self.sites), "weight_decay": weight_decay})
         return torch.optim.AdamW(groups, lr=learning_rate)
+
+    def begin_training(self, plan: Plan) -> None:
+        """Refuses the post-hoc mode without an adapter to stand on.
+
+        Raises:
+            ConfigError: ``posthoc`` is set and ``lora.init`` is not.
+        """
+        if self.settings.posthoc and not plan.from_init:
+            raise ConfigError(
+                "method.posthoc keeps A and B of a trained adapter; set lora.init to an artifact or a PEFT LoRA folder",
+                key="lora.init",
+            )
 
     def begin_step(self, source: NoiseSource) -> None:
         """Draws z, the chi-squares and the mixture's Gaussian of every module, on the parameters' device."""
@@ -122,11 +146,12 @@ class MonteCLora:
             kl = (
                 kl
                 + kl_dirichlet(posterior.beta, settings.dirichlet_prior)
-                + kl_wishart(posterior.rho, self.dof)
+                + kl_wishart(posterior.rho, posterior.degrees(site.mean))
                 + kl_normal(row_variances(posterior.rho, site.noise["chi2"], settings.floor))
             )
             cooperation = cooperation + cooperative(mixture_weights(posterior.beta, site.noise["mixture"]))
-        return (settings.kl_weight * kl + settings.cooperative_weight * cooperation) / len(self.sites)
+        total: Tensor = (settings.kl_weight * kl + settings.cooperative_weight * cooperation) / len(self.sites)
+        return total
 
     def posteriors(self) -> dict[str, Posterior]:
         """Kind ``row`` with copies of rho and beta."""
@@ -137,10 +162,22 @@ class MonteCLora:
                 epsilon=self.settings.epsilon,
                 dof=self.dof,
                 floor=self.settings.floor,
+                sparse=self.settings.sparse,
             )
             for site in self.sites
         }
 
     def posterior_settings(self) -> dict[str, float]:
-        """epsilon, dof and floor."""
-        return {"epsilon": self.settings.epsilon, "dof": self.dof, "floor": self.settings.floor}
+        """epsilon, floor, dof (or the mark that it is n_in), and sparse where it is set."""
+        return {
+            "epsilon": self.settings.epsilon,
+            "floor": self.settings.floor,
+            **({DOF_IS_N_IN: 1.0} if self.dof is None else {"dof": self.dof}),
+            **({SPARSE: 1.0} if self.settings.sparse else {}),
+        }
+
+
+def _degrees(settings: MonteCLoraSettings, site: LoraSite) -> float | None:
+    if settings.dof == "n_in":
+        return None
+    return float(site.mean.rank if settings.dof is None else settings.dof)

@@ -24,5 +24,5 @@ def test_it_stores_nothing() -> None:
 
 
 def test_the_kinds_are_registered_by_name() -> None:
-    assert sorted(KINDS) == ["diag", "point", "row"]
+    assert sorted(KINDS) == ["core", "diag", "lowrank", "mask", "point", "row"]
     assert all(cls.kind == name for name, cls in KINDS.items())

@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Dirichlet, MultivariateNormal, kl_divergence
 
-from credence.adapters import LoraFactors, NoiseSource, PosteriorError, RowPosterior, draw
+from credence.adapters import FixedRowPosterior, LoraFactors, NoiseSource, PosteriorError, RowPosterior, draw
 from credence.adapters.kinds.row import (
     cooperative,
     kl_dirichlet,
@@ -334,3 +334,95 @@ def test_tensors_that_do_not_fit_are_refused(
     with pytest.raises(PosteriorError, match=message) as caught:
         posterior_of(rho, beta).check(MODULE, mean_factors())
     assert caught.value.reason == reason
+
+
+def test_the_sparse_draw_has_the_variance_of_the_largest_component() -> None:
+    """The same noise with and without ``sparse``: the deviations differ by max pi / sqrt(sum pi^2), from a numpy softmax."""
+    mean = mean_factors()
+    dense, sparse = posterior_of(), RowPosterior.from_tensors(posterior_of().tensors(), {**SETTINGS, "sparse": 1})
+    for index in range(5):
+        noise = dense.noise(NoiseSource(0, index), MODULE, mean)
+        mode, spread = laplace_in_softmax_basis(dense.beta)
+        logits = (mode + spread.sqrt() * noise["mixture"].double()).numpy()
+        weights = np.exp(logits) / np.exp(logits).sum()
+        ratio = (sparse.sample(mean, noise).A - mean.A) / (dense.sample(mean, noise).A - mean.A)
+        expected = torch.full_like(ratio, weights.max() / (weights**2).sum() ** 0.5)
+        torch.testing.assert_close(ratio, expected, rtol=1e-3, atol=0)
+
+
+def test_the_gradient_passes_through_the_largest_component() -> None:
+    mean = mean_factors(dtype=torch.float64)
+    noise = {name: v.double() for name, v in posterior_of().noise(NoiseSource(0, 0), MODULE, mean).items()}
+
+    def sample(rho: Tensor, beta: Tensor) -> Tensor:
+        return RowPosterior(rho=rho, beta=beta, **SETTINGS, sparse=True).sample(mean, noise, 0.6).A
+
+    inputs = [torch.tensor(RHO).double().requires_grad_(), torch.tensor(BETA).double().requires_grad_()]
+    assert torch.autograd.gradcheck(sample, inputs)
+    gradient = torch.autograd.grad(sample(*inputs).sum(), inputs[1])[0]
+    assert bool((gradient != 0).all())
+
+
+def test_dof_can_be_the_modules_own_n_in() -> None:
+    settings = {"epsilon": 0.2, "floor": 1e-3, "dof_is_n_in": 1.0}
+    own = RowPosterior.from_tensors(posterior_of().tensors(), settings)
+    for n_in in (5, 11):
+        mean = mean_factors(n_in=n_in)
+        own.check(MODULE, mean)
+        number = posterior_of(dof=float(n_in))
+        assert torch.equal(
+            draw(own, mean, NoiseSource(0, 1), MODULE, 1.0).A, draw(number, mean, NoiseSource(0, 1), MODULE, 1.0).A
+        )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sparse": 0.5}, {"dof_is_n_in": 1.0}, {"dof_is_n_in": 0.0}, {"sparse": 1.0, "other": 1.0}]
+)
+def test_settings_of_no_known_form_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(PosteriorError, match="kind row needs the tensors rho and beta"):
+        RowPosterior.from_tensors(posterior_of().tensors(), {**SETTINGS, **changes})
+
+
+def fixed() -> FixedRowPosterior:
+    return FixedRowPosterior(rho=torch.tensor(RHO) - 1)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.5])
+def test_the_fixed_form_is_a_gaussian_with_one_sd_per_row(tau: float) -> None:
+    """1,500 draws of 3 x 5 entries, bounds of 4.5 standard errors."""
+    count, mean = 1500, mean_factors()
+    A, B = deviations(fixed(), mean, count, tau)
+    sd = np.sqrt(tau) * np.exp(np.array(RHO) - 1)
+    rows = A.numpy().transpose(1, 0, 2).reshape(3, -1)
+    n = rows.shape[1]
+    assert np.abs(rows.mean(1) / sd).max() < 4.5 / n**0.5
+    assert rows.var(1) / sd**2 == pytest.approx(1, abs=4.5 * (2 / n) ** 0.5)
+    assert stats.kurtosis(rows, axis=1, fisher=False) == pytest.approx(3, abs=4.5 * (24 / n) ** 0.5)
+    assert not bool(B.any())
+
+
+def test_the_fixed_form_at_tau_zero_and_its_gradient() -> None:
+    mean = mean_factors(dtype=torch.float64)
+    assert draw(fixed(), mean, NoiseSource(0, 0), MODULE, 0.0) is mean
+    noise = {"z": fixed().noise(NoiseSource(0, 0), MODULE, mean)["z"].double()}
+    assert fixed().sample(mean, noise, 0.0) is mean
+
+    def sample(A: Tensor, rho: Tensor) -> Tensor:
+        return FixedRowPosterior(rho=rho).sample(LoraFactors(A=A, B=mean.B), noise, 0.6).A
+
+    assert torch.autograd.gradcheck(sample, [mean.A.clone().requires_grad_(), fixed().rho.double().requires_grad_()])
+
+
+def test_the_tensors_tell_the_forms_apart() -> None:
+    again = RowPosterior.from_tensors(fixed().tensors(), {})
+    assert isinstance(again, FixedRowPosterior) and again.rho is not None and again.kind == "row"
+    with pytest.raises(PosteriorError, match="or the tensor rho alone and no settings"):
+        RowPosterior.from_tensors(fixed().tensors(), {"epsilon": 0.1})
+
+
+@pytest.mark.parametrize(("rho", "reason"), [((0.0, 0.0), "wrong_shape"), ((0.0, 0.0, 90.0), "not_finite")])
+def test_a_fixed_form_that_does_not_fit_is_refused(rho: tuple[float, ...], reason: str) -> None:
+    with pytest.raises(PosteriorError, match="rho for .*v_proj") as caught:
+        FixedRowPosterior(rho=torch.tensor(rho)).check(MODULE, mean_factors())
+    assert caught.value.reason == reason
+    fixed().check(MODULE, mean_factors())

@@ -24,7 +24,7 @@ from tests.serve.vllm_plugin.conftest import (
     request,
     sample,
 )
-from tests.tiny import make_artifact
+from tests.tiny import KIND_OF, make_artifact
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -89,13 +89,34 @@ def test_a_drawn_sample_is_the_exported_folder_and_the_peft_model(
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("form", list(KIND_OF))
+def test_samples_of_every_kind_are_drawn_in_the_worker(engine: Engine, tmp_path: Path, form: str) -> None:
+    from vllm import SamplingParams
+
+    artifact = make_artifact(tmp_path / "a", form=form)
+    tokens = prompt(12, 300 + list(KIND_OF).index(form))
+    sampling = SamplingParams(max_tokens=6, temperature=0, logprobs=VOCABULARY, ignore_eos=True)
+    found = []
+    for index in (1, 3):
+        folder = tmp_path / f"plain{index}"
+        write_sample(folder, artifact, seed=4, index=index, tau=0.5)
+        drawn = request(sample(artifact, index, 4, 0.5).to_path())
+        served = generate(engine, [tokens], sampling, [drawn])[0].outputs[0]
+        expected = Reference(engine.model_path, folder).log_probs(tokens + list(served.token_ids))
+        torch.testing.assert_close(logprob_matrix(served), expected[len(tokens) - 1 : -1], rtol=0, atol=1e-4)
+        found.append(expected[len(tokens) - 1])
+    difference = float((found[0] - found[1]).abs().max())
+    assert difference > 0.02 if form != "point" else difference == 0
+
+
+@pytest.mark.engine
 @pytest.mark.parametrize(("kind", "rank"), [("row", 16), ("diag", 8), ("point", 16)])
 @pytest.mark.parametrize("tau", [1.0, 0.0])
 def test_a_drawn_delta_is_the_exported_delta(engine: Engine, tmp_path: Path, kind: str, rank: int, tau: float) -> None:
     """Rank r and rank 2r; the engine's slots have rank 16. On a base that the mean is not merged into: what matters is the factors."""
     from vllm import SamplingParams
 
-    artifact = make_artifact(tmp_path / "a", kind=kind, rank=rank)
+    artifact = make_artifact(tmp_path / "a", form=kind, rank=rank)
     write_delta(tmp_path / "delta", artifact, seed=2, index=1, tau=tau)
     drawn = request(sample(artifact, 1, 2, tau, layout="delta").to_path())
     tokens = prompt(12, 200 + int(tau) + rank + len(kind))
