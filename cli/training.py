@@ -36,7 +36,14 @@ EVAL_COLUMNS = {
 def train(
     base: BaseOption,
     data: Annotated[Path, typer.Option("--data", help="Training rows (JSON Lines).", show_default=False)],
-    method: Annotated[str, typer.Option("--method", help="map, monteclora, ivon, melora, blob, laplace, swa, swag, mcdropout, ensemble or tfb.", show_default=False)],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="map, monteclora, ivon, melora, blob, laplace, swa, swag, mcdropout, ensemble or tfb.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Where the artifact goes.", show_default=False)
     ],

@@ -1,4 +1,4 @@
-"""Kind ``core``: a Gaussian on a small matrix before A (Me-LoRA; diagonal cores are ScalaBL and rank-wise gates).
+"""Kind ``core``: a Gaussian on a small matrix before A (docs/equations.md, section 3.5; Me-LoRA, diagonal: ScalaBL and rank-wise gates).
 
 With C_s = M + sqrt(tau) exp(log_sd) * E, E standard normal [r, r], and the factor A_0 that training adapts,
 

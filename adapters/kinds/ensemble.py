@@ -1,4 +1,4 @@
-"""Kind ``ensemble``: M adapters, each of which may carry a posterior of its own (deep and checkpoint ensembles, any set of LoRAs).
+"""Kind ``ensemble``: M adapters, each of which may carry a posterior of its own (docs/equations.md, section 3.8; any set of LoRAs).
 
     sample s = member s mod M, or, where members have a posterior, a draw from that of member s mod M
 

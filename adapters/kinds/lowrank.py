@@ -1,4 +1,4 @@
-"""Kind ``lowrank``: Gaussians whose covariance has a low-rank part, in two forms that are told apart by their tensors.
+"""Kind ``lowrank``: Gaussians whose covariance has a low-rank part (docs/equations.md, section 3.6), in two forms.
 
 SWAG (Maddox et al., NeurIPS 2019, eq. 1), with theta = (A, B) of a module row by row in one vector of P = r (n_in + n_out) numbers:
 

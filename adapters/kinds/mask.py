@@ -1,4 +1,4 @@
-"""Kind ``mask``: MC-dropout with the mask fixed per sample (Gal and Ghahramani, ICML 2016), on the input of the LoRA.
+"""Kind ``mask``: MC-dropout on the input of the LoRA with the mask fixed per sample (docs/equations.md, section 3.7; Gal, 2016).
 
     m_i ~ Bernoulli(1 - p),   A_s[:,i] = A[:,i] (1 + sqrt(tau) (m_i / (1 - p) - 1)),   B_s = B
 

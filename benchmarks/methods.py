@@ -1,0 +1,287 @@
+"""Which training method gives the most trustworthy adapter at equal data and equal steps?
+
+Fine-tunes a 260-thousand-parameter Llama (stories260K) on 500 rows of a classification task with every method and compares, on test
+rows and on queries that belong to no class: the mean adapter, the mean with a fitted temperature T, and averages of K = 10 and K = 32
+samples at the fitted tau and T (an ensemble: all its members). tau and T are fitted on validation rows, for each K. The bars for a
+posterior are its own mean with T and MAP's mean with T, paired by seed: the seed sets the training and validation rows, the start, the
+order of rows and the noise. Settings were chosen on validation rows only. laplace and tfb put their posteriors around MAP's adapter of
+the same seed.
+
+    python benchmarks/methods.py --models DIR --data DIR --seeds 10 [--work DIR] [--methods ...] [--tasks ...] [--write]
+
+DIR of --models holds stories260K/, DIR of --data holds the tasks' folders. Runs are kept in --work and not repeated, and several processes
+may share it; the page is made of the runs that are there.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from credence.training.config import load_config
+from credence.training.evaluate import evaluate
+from credence.training.loop import train
+
+ROWS = {"train": 500, "validation": 300, "test": 1500, "ood": 500}
+KS = (10, 32)
+COMMON = [
+    "train.max_steps=400",
+    "train.batch_size=16",
+    "train.learning_rate=0.01",
+    "train.warmup_ratio=0.05",
+    "train.save_steps=0",
+    f"release.ks=[{', '.join(map(str, KS))}]",
+    "release.taus=[1, 10, 100, 1000]",
+]
+TASKS = ("clinc_domains", "clinc_travel_intents")
+SETTINGS: dict[str, tuple[str, list[str]]] = {
+    "map": ("map", []),
+    "swa": ("swa", []),
+    "mcdropout": ("mcdropout", ["lora.dropout=0.1"]),
+    "swag": ("swag", []),
+    "laplace": ("laplace", ["release.taus=[0.001, 0.01, 0.1, 1, 10]"]),
+    "tfb": ("tfb", ["release.taus=[0.1, 1, 10]"]),
+    "checkpoints": ("ensemble", ["method.source=checkpoints", "method.members=10"]),
+    "ivon": (
+        "ivon",
+        [
+            "train.learning_rate=3",
+            "train.weight_decay=1e-6",
+            "method.ess=1e8",
+            "method.hess_init=1e-3",
+            "method.clip_radius=1e-3",
+        ],
+    ),
+    "monteclora": ("monteclora", ["method.epsilon=5e-3"]),
+    "melora": ("melora", []),
+    "blob": ("blob", []),
+    "ensemble": ("ensemble", ["method.members=5"]),
+}
+ON_MAP = ("laplace", "tfb")
+"""Posteriors that are put around MAP's adapter; their training time is MAP's."""
+METRICS = {
+    "accuracy": "accuracy",
+    "nll": "NLL",
+    "ece15": "ECE15",
+    "brier": "Brier",
+    "error_auroc": "error AUROC",
+    "ood_auroc_total": "OOD AUROC, total",
+    "ood_auroc_epistemic": "OOD AUROC, epistemic",
+}
+VARIANTS = {"mean": (0, 0), "mean + T": (0, 1), **{f"K = {k} + T": (k, 1) for k in KS}}
+"""K and whether the fitted temperature is used."""
+
+
+def subset(source: Path, count: int, seed: int, target: Path) -> Path:
+    """Writes at most ``count`` rows of a file, drawn without replacement."""
+    rows = source.read_text().splitlines()
+    random.Random(seed).shuffle(rows)
+    target.write_text("\n".join(rows[:count]) + "\n")
+    return target
+
+
+def run(name: str, task: str, seed: int, models: Path, data: Path, work: Path) -> dict[str, Any]:
+    """Trains, releases and evaluates one adapter; returns the kept result if there is one."""
+    result_file = work / f"{task}-{name}-{seed}.json"
+    if result_file.exists():
+        kept: dict[str, Any] = json.loads(result_file.read_text())
+        return kept
+    scratch = work / f"{task}-{name}-{seed}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    # The test rows are the same for every seed; the rows an adapter may learn from are not.
+    files = {
+        part: subset(
+            data / task / f"{part}.jsonl",
+            count,
+            seed if part in ("train", "validation") else 0,
+            scratch / f"{part}.jsonl",
+        )
+        for part, count in ROWS.items()
+    }
+    method, settings = SETTINGS[name]
+    base, output = models / "stories260K", scratch / "adapter"
+    config, before = [*COMMON, *settings], 0.0
+    if name in ON_MAP:
+        before = run("map", task, seed, models, data, work)["train_seconds"]
+        config += [f"lora.init={work / f'{task}-map-{seed}-adapter'}", "train.max_steps=0"]
+    trained = train(base, files["train"], files["validation"], method, output, load_config(None, config), seed)
+    report = evaluate(output, base, files["test"], files["ood"], ks=(0, *KS))
+    for index, entry in enumerate(report["results"]):
+        entry["variant"] = index % 2  # evaluate reports temperature 1 first, then the fitted one
+    result = {
+        "name": name,
+        "task": task,
+        "seed": seed,
+        "train_seconds": before + trained.seconds,
+        "bytes": sum(file.stat().st_size for file in output.iterdir()),
+        "release": trained.metrics["release"],
+        "results": report["results"],
+    }
+    if name == "map":
+        shutil.rmtree(work / f"{task}-map-{seed}-adapter", ignore_errors=True)
+        shutil.move(output, work / f"{task}-map-{seed}-adapter")
+    result_file.write_text(json.dumps(result) + "\n")
+    shutil.rmtree(scratch)
+    return result
+
+
+def value(result: dict[str, Any], variant: str, metric: str) -> float | None:
+    """One number of one run."""
+    k, tempered = VARIANTS[variant]
+    (entry,) = (entry for entry in result["results"] if (entry["k"], entry["variant"]) == (k, tempered))
+    number: float | None = entry[metric]
+    return number
+
+
+def mean_and_error(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """Mean and standard error of the mean (n - 1 in the variance); None if a value is missing."""
+    numbers = list(values)
+    present = [number for number in numbers if number is not None]
+    if len(present) < len(numbers) or not present:
+        return None
+    error = statistics.stdev(present) / math.sqrt(len(present)) if len(present) > 1 else math.nan
+    return statistics.mean(present), error
+
+
+def differences(
+    runs: Sequence[dict[str, Any]], variant: str, bar: dict[int, dict[str, Any]]
+) -> dict[str, tuple[float, float] | None]:
+    """Mean and standard error of ``variant`` minus the bar's mean + T, paired by seed."""
+    result = {}
+    for metric in METRICS:
+        pairs = [
+            (value(own, variant, metric), value(bar[own["seed"]], "mean + T", metric))
+            for own in runs
+            if own["seed"] in bar
+        ]
+        result[metric] = mean_and_error(None if a is None or b is None else a - b for a, b in pairs)
+    return result
+
+
+def task_lines(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The tables of one task."""
+    best, by_seed = f"K = {KS[-1]} + T", {run["seed"]: run for run in results.get("map", [])}
+    header = ["| adapter | seeds | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    lines = list(header)
+    for name, runs in results.items():
+        for variant in VARIANTS if _has_samples(runs) else ("mean", "mean + T"):
+            numbers = {metric: mean_and_error(value(run, variant, metric) for run in runs) for metric in METRICS}
+            lines.append(_row(f"{name}, {variant}", len(runs), numbers, "{:.3f} +- {:.3f}"))
+    lines += ["", f"### {best} minus the same adapter's mean + T, paired by seed", "", *header]
+    for name, runs in results.items():
+        if _has_samples(runs):
+            own = {run["seed"]: run for run in runs}
+            lines.append(_row(name, len(runs), differences(runs, best, own), "{:+.4f} +- {:.4f}"))
+    lines += ["", f"### {best} (without samples: mean + T) minus MAP's mean + T, paired by seed", "", *header]
+    for name, runs in results.items():
+        paired = [run for run in runs if run["seed"] in by_seed]
+        if name != "map" and paired:
+            variant = best if _has_samples(runs) else "mean + T"
+            lines.append(_row(name, len(paired), differences(paired, variant, by_seed), "{:+.3f} +- {:.3f}"))
+    lines += ["", "### Cost and fitted values", ""]
+    lines += [
+        "| adapter | training time / map | artifact bytes | tau of K = 32 by seed | T of K = 32 by seed |",
+        "|---|---|---|---|---|",
+    ]
+    for name, runs in results.items():
+        ratios = [
+            run["train_seconds"] / by_seed[run["seed"]]["train_seconds"] for run in runs if run["seed"] in by_seed
+        ]
+        ratio = f"{statistics.median(ratios):.2f}" if ratios else "-"
+        size = statistics.median(run["bytes"] for run in runs)
+        taus = ", ".join(f"{_last(run['release']['tau']):.3g}" for run in runs if run["release"]["tau"]) or "-"
+        temperatures = ", ".join(f"{_last(run['release']['temperature']):.2f}" for run in runs)
+        lines.append(f"| {name} | {ratio} | {size:,.0f} | {taus} | {temperatures} |")
+    return lines
+
+
+def _has_samples(runs: Sequence[dict[str, Any]]) -> bool:
+    return bool(runs[0]["release"]["tau"])
+
+
+def _last(by_k: dict[str, float]) -> float:
+    return by_k[max(by_k, key=int)]
+
+
+def _row(name: str, count: int, numbers: dict[str, tuple[float, float] | None], form: str) -> str:
+    cells = " | ".join(form.format(*number) if number else "-" for number in numbers.values())
+    return f"| {name} | {count} | {cells} |"
+
+
+def page(found: dict[str, dict[str, list[dict[str, Any]]]], command: str) -> str:
+    """The report of all runs, by task and adapter."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("credence", "torch", "transformers", "peft"))
+    lines = [
+        "# Methods on two classification tasks (stories260K)",
+        "",
+        f"`{command}`",
+        "",
+        f"Mean +- standard error over seeds. {datetime.now(UTC).date().isoformat()}; {versions}, Python {platform.python_version()}; "
+        f"{platform.machine()} CPU.",
+        "",
+        f"Rows: {ROWS['train']} training, {ROWS['validation']} validation (tau, T), at most {ROWS['test']} test, {ROWS['ood']} out of "
+        "scope. LoRA r = 8, alpha = 16 on q_proj and v_proj, 400 steps of batch 16, linear decay (swa, swag: constant), 20 warm-up steps. "
+        "An ensemble answers with all its members. In differences negative is better for NLL, ECE and Brier, positive for the others.",
+        "",
+        f"Common: `{' '.join(COMMON)}`",
+        "",
+        *(f"- {name}: `--method {method} {' '.join(settings)}`" for name, (method, settings) in SETTINGS.items()),
+    ]
+    for task, results in found.items():
+        lines += ["", f"## {task}", "", *task_lines(results)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs what is missing and prints the page; --write puts methods.md and methods.json into benchmarks/results/."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True, help="folder holding stories260K/")
+    parser.add_argument("--data", type=Path, required=True, help="folder holding the tasks")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--work", type=Path, required=True, help="folder that keeps finished runs")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for task in options.tasks:
+            for name in options.methods:
+                started = time.perf_counter()
+                run(name, task, seed, options.models, options.data, options.work)
+                print(
+                    f"{task}, {name}, seed {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
+                )
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for task in TASKS:
+        for name in SETTINGS:
+            kept = sorted(
+                options.work.glob(f"{task}-{name}-*.json"), key=lambda path: int(path.stem.rpartition("-")[2])
+            )
+            if kept:
+                found.setdefault(task, {})[name] = [json.loads(path.read_text()) for path in kept]
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    command = f"OMP_NUM_THREADS={threads} python benchmarks/methods.py --models MODELS --data DATA --work WORK --seeds {options.seeds}"
+    text = page(found, command)
+    print(text)
+    if options.write:
+        results = Path(__file__).parent / "results"
+        (results / "methods.md").write_text(text)
+        (results / "methods.json").write_text(json.dumps({"command": command, "runs": found}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
