@@ -66,5 +66,7 @@ def test_of_a_merged_model_the_mean_alone_is_measured(
     pairs = _pairs(ours, stock, merged, SETTINGS, lambda line: None)
     assert {name: len(measured) for name, measured in pairs.items()} == {"merged mean": 5}
     assert {body["model"] for body in requests} == {"base"}
+    pairs["merged mean"] = [(Measurement(wall_ms=100, cpu_ms=90), Measurement(wall_ms=100, cpu_ms=100))] * 5
     page = markdown(document(pairs, merged, SETTINGS, 0.1), "credence bench overhead --merged")
+    assert "| merged mean | 5 | 100 | 100 | 1.000" in page
     assert "Stock: the merged model, no plugins" in page
