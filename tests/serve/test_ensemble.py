@@ -100,6 +100,23 @@ def test_defaults_come_from_the_server_and_the_artifact(world: World) -> None:
     assert world.plan("map").num_samples == 1
 
 
+def test_an_ensemble_answers_with_every_member_and_no_more(tmp_path: Path) -> None:
+    small = {"modules": ("self_attn.q_proj",), "rank": 2, "alpha": 3}
+    members = make_artifact(tmp_path / "members", form="ensemble", **small)
+    mixture = make_artifact(tmp_path / "mixture", form="mixture", **small)
+    world = World({"members": members, "mixture": mixture}, tmp_path)
+    assert (world.plan("members").num_samples, world.plan("mixture").num_samples) == (3, 4)
+    with pytest.raises(
+        BadRequest, match=r"1 to 3 for members \(an ensemble of 3 members, each of which is one sample\), got 4"
+    ):
+        world.plan("members", n_samples=4)
+    points, draws = (ServedAdapter(name=name, artifact=a) for name, a in (("members", members), ("mixture", mixture)))
+    # A member is the same under every seed and tau, and takes one slot.
+    assert points.sample(7, 1, 0.5) == points.sample(0, 4, 2.0) == points.sample(0, 1, 1.0)
+    assert points.sample(0, 1, 1.0) != points.sample(0, 2, 1.0)
+    assert draws.sample(7, 1, 0.5) != draws.sample(0, 1, 0.5) != draws.sample(0, 4, 0.5)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "param", "said"),
     [
