@@ -4,11 +4,12 @@ Fine-tunes a 260-thousand-parameter Llama (stories260K) on 500 rows of a classif
 rows and on queries that belong to no class: the mean adapter, the mean with a fitted temperature T, and averages of K = 10 and K = 32
 samples at the fitted tau and T (an ensemble: all its members). tau and T are fitted on validation rows, for each K. The bars for a
 posterior are its own mean with T and MAP's mean with T, paired by seed: the seed sets the training and validation rows, the start, the
-order of rows and the noise. Settings were chosen on validation rows only. laplace and tfb put their posteriors around MAP's adapter of
-the same seed.
+order of rows and the noise. laplace and tfb put their posteriors around MAP's adapter of the same seed.
 
-    python benchmarks/methods.py --models DIR --data DIR --seeds 10 [--work DIR] [--methods ...] [--tasks ...] [--write]
+    python benchmarks/methods.py --models DIR --data DIR --work DIR --choose
+    python benchmarks/methods.py --models DIR --data DIR --work DIR --seeds 10 [--methods ...] [--tasks ...] [--write]
 
+--choose compares settings by the NLL of validation rows, on seeds of its own and the first task; what it found best stands in SETTINGS.
 DIR of --models holds stories260K/, DIR of --data holds the tasks' folders. Runs are kept in --work and not repeated, and several processes
 may share it; the page is made of the runs that are there.
 """
@@ -29,45 +30,52 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from credence.training.config import load_config
+from credence.training.config import ReleaseSettings, load_config
 from credence.training.evaluate import evaluate
 from credence.training.loop import train
+from credence.training.release import ReleaseResult, release
 
-ROWS = {"train": 500, "validation": 300, "test": 1500, "ood": 500}
+ROWS = {"train": 500, "validation": 240, "test": 750, "ood": 250}
 KS = (10, 32)
+BATCH_SIZE = 32
+"""Rows per forward pass of release and evaluation; larger batches of this small model fall out of the cache."""
 COMMON = [
     "train.max_steps=400",
     "train.batch_size=16",
     "train.learning_rate=0.01",
     "train.warmup_ratio=0.05",
     "train.save_steps=0",
-    f"release.ks=[{', '.join(map(str, KS))}]",
-    "release.taus=[1, 10, 100, 1000]",
 ]
 TASKS = ("clinc_domains", "clinc_travel_intents")
+TAUS = {"laplace": (0.01, 0.1, 1.0, 10.0), "tfb": (0.1, 1.0, 10.0), "ivon": (10.0, 100.0, 1000.0)}
+"""Grids of tau of methods whose noise is of another size than that of the others, ``USUAL_TAUS``."""
+USUAL_TAUS = (1.0, 10.0, 100.0)
+IVON = ["train.weight_decay=1e-6", "method.ess=1e8", "method.hess_init=1e-3", "method.clip_radius=1e-3"]
 SETTINGS: dict[str, tuple[str, list[str]]] = {
     "map": ("map", []),
     "swa": ("swa", []),
     "mcdropout": ("mcdropout", ["lora.dropout=0.1"]),
     "swag": ("swag", []),
-    "laplace": ("laplace", ["release.taus=[0.001, 0.01, 0.1, 1, 10]"]),
-    "tfb": ("tfb", ["release.taus=[0.1, 1, 10]"]),
+    "laplace": ("laplace", []),
+    "tfb": ("tfb", []),
     "checkpoints": ("ensemble", ["method.source=checkpoints", "method.members=10"]),
-    "ivon": (
-        "ivon",
-        [
-            "train.learning_rate=3",
-            "train.weight_decay=1e-6",
-            "method.ess=1e8",
-            "method.hess_init=1e-3",
-            "method.clip_radius=1e-3",
-        ],
-    ),
+    "ivon": ("ivon", ["train.learning_rate=3", *IVON]),
     "monteclora": ("monteclora", ["method.epsilon=5e-3"]),
     "melora": ("melora", []),
     "blob": ("blob", []),
     "ensemble": ("ensemble", ["method.members=5"]),
 }
+CANDIDATES: dict[str, list[list[str]]] = {
+    "mcdropout": [["lora.dropout=0.05"], ["lora.dropout=0.1"], ["lora.dropout=0.2"]],
+    "swag": [["method.start=0.5"], ["method.start=0.75"]],
+    "laplace": [["method.structure=kron"], ["method.structure=diag"]],
+    "ivon": [[f"train.learning_rate={rate}", *IVON] for rate in (1, 3)],
+    "monteclora": [[f"method.epsilon={size}"] for size in (2e-3, 5e-3, 2e-2)],
+    "melora": [[f"method.initial_sd={sd}"] for sd in (0.02, 0.04, 0.08)],
+    "blob": [[f"method.initial_sd={sd}"] for sd in (0.005, 0.01, 0.02)],
+}
+"""Settings compared by --choose, at K = 10 with fitted tau and T."""
+CHOICE_SEEDS = (100, 101)
 ON_MAP = ("laplace", "tfb")
 """Posteriors that are put around MAP's adapter; their training time is MAP's."""
 METRICS = {
@@ -91,42 +99,62 @@ def subset(source: Path, count: int, seed: int, target: Path) -> Path:
     return target
 
 
+def fit(
+    name: str,
+    settings: list[str],
+    task: str,
+    seed: int,
+    ks: tuple[int, ...],
+    models: Path,
+    data: Path,
+    work: Path,
+    scratch: Path,
+) -> tuple[float, ReleaseResult]:
+    """Trains an adapter into ``scratch``/adapter and fits its tau and T; returns the processor time of training, seconds."""
+    for part in ("train", "validation"):
+        subset(data / task / f"{part}.jsonl", ROWS[part], seed, scratch / f"{part}.jsonl")
+    base, output = models / "stories260K", scratch / "adapter"
+    config, before = [*COMMON, *settings], 0.0
+    if name in ON_MAP:
+        before = run("map", task, seed, models, data, work)["train_seconds"]
+        config += [f"lora.init={work / f'{task}-map-{seed}-adapter'}", "train.max_steps=0"]
+    started = time.process_time()
+    train(base, scratch / "train.jsonl", None, SETTINGS[name][0], output, load_config(None, config), seed)
+    seconds = before + time.process_time() - started
+    grid = ReleaseSettings(ks=ks, taus=TAUS.get(name, USUAL_TAUS))
+    return seconds, release(output, base, scratch / "validation.jsonl", grid, batch_size=BATCH_SIZE)
+
+
+def empty(folder: Path) -> Path:
+    """Makes an empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 def run(name: str, task: str, seed: int, models: Path, data: Path, work: Path) -> dict[str, Any]:
     """Trains, releases and evaluates one adapter; returns the kept result if there is one."""
     result_file = work / f"{task}-{name}-{seed}.json"
     if result_file.exists():
         kept: dict[str, Any] = json.loads(result_file.read_text())
         return kept
-    scratch = work / f"{task}-{name}-{seed}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch = empty(work / f"{task}-{name}-{seed}")
+    seconds, released = fit(name, SETTINGS[name][1], task, seed, KS, models, data, work, scratch)
+    output = scratch / "adapter"
     # The test rows are the same for every seed; the rows an adapter may learn from are not.
-    files = {
-        part: subset(
-            data / task / f"{part}.jsonl",
-            count,
-            seed if part in ("train", "validation") else 0,
-            scratch / f"{part}.jsonl",
-        )
-        for part, count in ROWS.items()
-    }
-    method, settings = SETTINGS[name]
-    base, output = models / "stories260K", scratch / "adapter"
-    config, before = [*COMMON, *settings], 0.0
-    if name in ON_MAP:
-        before = run("map", task, seed, models, data, work)["train_seconds"]
-        config += [f"lora.init={work / f'{task}-map-{seed}-adapter'}", "train.max_steps=0"]
-    trained = train(base, files["train"], files["validation"], method, output, load_config(None, config), seed)
-    report = evaluate(output, base, files["test"], files["ood"], ks=(0, *KS))
+    test, ood = (
+        subset(data / task / f"{part}.jsonl", ROWS[part], 0, scratch / f"{part}.jsonl") for part in ("test", "ood")
+    )
+    report = evaluate(output, models / "stories260K", test, ood, ks=(0, *KS), batch_size=BATCH_SIZE)
     for index, entry in enumerate(report["results"]):
         entry["variant"] = index % 2  # evaluate reports temperature 1 first, then the fitted one
     result = {
         "name": name,
         "task": task,
         "seed": seed,
-        "train_seconds": before + trained.seconds,
+        "train_seconds": seconds,
         "bytes": sum(file.stat().st_size for file in output.iterdir()),
-        "release": trained.metrics["release"],
+        "release": released.metrics(),
         "results": report["results"],
     }
     if name == "map":
@@ -135,6 +163,45 @@ def run(name: str, task: str, seed: int, models: Path, data: Path, work: Path) -
     result_file.write_text(json.dumps(result) + "\n")
     shutil.rmtree(scratch)
     return result
+
+
+def choose(methods: Iterable[str], models: Path, data: Path, work: Path) -> None:
+    """Compares the candidates; keeps their validation NLL by seed in choice-*.json."""
+    for name in methods:
+        for number, settings in enumerate(CANDIDATES.get(name, [])):
+            kept = work / f"choice-{name}-{number}.json"
+            if kept.exists():
+                continue
+            scores = {}
+            for seed in CHOICE_SEEDS:
+                scratch = empty(work / f"choice-{name}-{number}")
+                _, released = fit(name, settings, TASKS[0], seed, (KS[0],), models, data, work, scratch)
+                scores[seed] = released.calibration.temperature[KS[0]].nll
+                shutil.rmtree(scratch)
+            kept.write_text(json.dumps({"name": name, "settings": settings, "nll": scores}) + "\n")
+            print(f"{name} {settings}: {scores}", file=sys.stderr, flush=True)
+
+
+def choice_lines(work: Path) -> list[str]:
+    """The table of what --choose found, if it ran."""
+    found = [json.loads(path.read_text()) for path in sorted(work.glob("choice-*.json"))]
+    if not found:
+        return []
+    lines = [
+        "## Settings",
+        "",
+        f"Validation NLL of {TASKS[0]}, K = {KS[0]} with fitted tau and T, "
+        f"seeds {', '.join(map(str, CHOICE_SEEDS))} (none of the tables').",
+        "",
+    ]
+    lines += ["| method | settings | NLL by seed | mean |", "|---|---|---|---|"]
+    for entry in found:
+        values = list(entry["nll"].values())
+        by_seed = ", ".join(f"{value:.3f}" for value in values)
+        lines.append(
+            f"| {entry['name']} | `{' '.join(entry['settings'])}` | {by_seed} | {statistics.mean(values):.3f} |"
+        )
+    return ["", *lines]
 
 
 def value(result: dict[str, Any], variant: str, metric: str) -> float | None:
@@ -220,7 +287,7 @@ def _row(name: str, count: int, numbers: dict[str, tuple[float, float] | None], 
     return f"| {name} | {count} | {cells} |"
 
 
-def page(found: dict[str, dict[str, list[dict[str, Any]]]], command: str) -> str:
+def page(found: dict[str, dict[str, list[dict[str, Any]]]], command: str, choices: Sequence[str]) -> str:
     """The report of all runs, by task and adapter."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("credence", "torch", "transformers", "peft"))
     lines = [
@@ -233,11 +300,13 @@ def page(found: dict[str, dict[str, list[dict[str, Any]]]], command: str) -> str
         "",
         f"Rows: {ROWS['train']} training, {ROWS['validation']} validation (tau, T), at most {ROWS['test']} test, {ROWS['ood']} out of "
         "scope. LoRA r = 8, alpha = 16 on q_proj and v_proj, 400 steps of batch 16, linear decay (swa, swag: constant), 20 warm-up steps. "
-        "An ensemble answers with all its members. In differences negative is better for NLL, ECE and Brier, positive for the others.",
+        "An ensemble answers with all its members. Training time is processor time, without release. "
+        "In differences negative is better for NLL, ECE and Brier, positive for the others.",
         "",
         f"Common: `{' '.join(COMMON)}`",
         "",
         *(f"- {name}: `--method {method} {' '.join(settings)}`" for name, (method, settings) in SETTINGS.items()),
+        *choices,
     ]
     for task, results in found.items():
         lines += ["", f"## {task}", "", *task_lines(results)]
@@ -254,9 +323,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps finished runs")
+    parser.add_argument("--choose", action="store_true", help="compare settings on validation rows, and nothing else")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.choose:
+        choose(options.methods, options.models, options.data, options.work)
+        print("\n".join(choice_lines(options.work)))
+        return
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for task in options.tasks:
             for name in options.methods:
@@ -268,14 +342,13 @@ def main() -> None:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in TASKS:
         for name in SETTINGS:
-            kept = sorted(
-                options.work.glob(f"{task}-{name}-*.json"), key=lambda path: int(path.stem.rpartition("-")[2])
-            )
+            paths = {int(path.stem.rpartition("-")[2]): path for path in options.work.glob(f"{task}-{name}-*.json")}
+            kept = [paths[seed] for seed in sorted(set(paths) - set(CHOICE_SEEDS))]
             if kept:
                 found.setdefault(task, {})[name] = [json.loads(path.read_text()) for path in kept]
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     command = f"OMP_NUM_THREADS={threads} python benchmarks/methods.py --models MODELS --data DATA --work WORK --seeds {options.seeds}"
-    text = page(found, command)
+    text = page(found, command, choice_lines(options.work))
     print(text)
     if options.write:
         results = Path(__file__).parent / "results"
