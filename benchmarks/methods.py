@@ -4,7 +4,8 @@ Fine-tunes a 260-thousand-parameter Llama (stories260K) on 500 rows of a classif
 rows and on queries that belong to no class: the mean adapter, the mean with a fitted temperature T, and averages of K = 10 and K = 32
 samples at the fitted tau and T (an ensemble: all its members). tau and T are fitted on validation rows, for each K. The bars for a
 posterior are its own mean with T and MAP's mean with T, paired by seed: the seed sets the training and validation rows, the start, the
-order of rows and the noise. laplace and tfb put their posteriors around MAP's adapter of the same seed.
+order of rows and the noise. laplace and tfb put their posteriors around MAP's adapter of the same seed. LoRA+, DoRA and AdaLoRA are
+PEFT's, have no samples and are evaluated offline only.
 
     python benchmarks/methods.py --models DIR --data DIR --work DIR --choose
     python benchmarks/methods.py --models DIR --data DIR --work DIR --seeds 10 [--methods ...] [--tasks ...] [--write]
@@ -30,6 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from credence.benchmarks.peft_training import Comparator, Rows, evaluate_model, fit_temperature, train_comparator
 from credence.training.config import ReleaseSettings, load_config
 from credence.training.evaluate import evaluate
 from credence.training.loop import train
@@ -54,7 +56,7 @@ IVON = ["train.weight_decay=1e-6", "method.ess=1e8", "method.hess_init=1e-3", "m
 SETTINGS: dict[str, tuple[str, list[str]]] = {
     "map": ("map", []),
     "swa": ("swa", []),
-    "mcdropout": ("mcdropout", ["lora.dropout=0.1"]),
+    "mcdropout": ("mcdropout", ["lora.dropout=0.05"]),
     "swag": ("swag", []),
     "laplace": ("laplace", []),
     "tfb": ("tfb", []),
@@ -66,7 +68,7 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
     "ensemble": ("ensemble", ["method.members=5"]),
 }
 CANDIDATES: dict[str, list[list[str]]] = {
-    "mcdropout": [["lora.dropout=0.05"], ["lora.dropout=0.1"], ["lora.dropout=0.2"]],
+    "mcdropout": [[f"lora.dropout={rate}"] for rate in (0.05, 0.1, 0.2, 0.02)],
     "swag": [["method.start=0.5"], ["method.start=0.75"]],
     "laplace": [["method.structure=kron"], ["method.structure=diag"]],
     "ivon": [[f"train.learning_rate={rate}", *IVON] for rate in (1, 3)],
@@ -75,6 +77,19 @@ CANDIDATES: dict[str, list[list[str]]] = {
     "blob": [[f"method.initial_sd={sd}"] for sd in (0.005, 0.01, 0.02)],
 }
 """Settings compared by --choose, at K = 10 with fitted tau and T."""
+COMPARATORS = {
+    "lora+": Comparator(adapter="lora+", learning_rate=3e-3, ratio=4),
+    "dora": Comparator(adapter="dora"),
+    "adalora": Comparator(adapter="adalora"),
+}
+COMPARATOR_CANDIDATES = {
+    "lora+": [
+        Comparator(adapter="lora+", learning_rate=rate, ratio=ratio)
+        for rate, ratio in ((3e-3, 4), (1e-2, 4), (3e-3, 16))
+    ],
+    "adalora": [Comparator(adapter="adalora", learning_rate=rate) for rate in (1e-2, 3e-2)],
+}
+"""Compared by --choose at the mean with fitted T."""
 CHOICE_SEEDS = (100, 101)
 ON_MAP = ("laplace", "tfb")
 """Posteriors that are put around MAP's adapter; their training time is MAP's."""
@@ -139,6 +154,16 @@ def run(name: str, task: str, seed: int, models: Path, data: Path, work: Path) -
         kept: dict[str, Any] = json.loads(result_file.read_text())
         return kept
     scratch = empty(work / f"{task}-{name}-{seed}")
+    if name in COMPARATORS:
+        result = {
+            "name": name,
+            "task": task,
+            "seed": seed,
+            **compared(COMPARATORS[name], task, seed, models, data, scratch),
+        }
+        result_file.write_text(json.dumps(result) + "\n")
+        shutil.rmtree(scratch)
+        return result
     seconds, released = fit(name, SETTINGS[name][1], task, seed, KS, models, data, work, scratch)
     output = scratch / "adapter"
     # The test rows are the same for every seed; the rows an adapter may learn from are not.
@@ -165,21 +190,52 @@ def run(name: str, task: str, seed: int, models: Path, data: Path, work: Path) -
     return result
 
 
+def compared(comparator: Comparator, task: str, seed: int, models: Path, data: Path, scratch: Path) -> dict[str, Any]:
+    """Trains one of PEFT's adapters, fits its temperature and evaluates it; the numbers of a run."""
+    files = {
+        part: subset(
+            data / task / f"{part}.jsonl",
+            count,
+            seed if part in ("train", "validation") else 0,
+            scratch / f"{part}.jsonl",
+        )
+        for part, count in ROWS.items()
+    }
+    rows = Rows.read(models / "stories260K", files)
+    started = time.process_time()
+    model = train_comparator(models / "stories260K", rows, comparator, seed)
+    seconds = time.process_time() - started
+    temperature, nll = fit_temperature(model, rows, BATCH_SIZE)
+    results = evaluate_model(model, rows, temperature, BATCH_SIZE)
+    model.save_pretrained(scratch / "peft")
+    return {
+        "train_seconds": seconds,
+        "bytes": sum(file.stat().st_size for file in (scratch / "peft").iterdir()),
+        "release": {"tau": {}, "temperature": {"0": temperature}, "nll": {"0": nll}},
+        "results": [{**entry, "variant": index} for index, entry in enumerate(results)],
+    }
+
+
 def choose(methods: Iterable[str], models: Path, data: Path, work: Path) -> None:
     """Compares the candidates; keeps their validation NLL by seed in choice-*.json."""
     for name in methods:
-        for number, settings in enumerate(CANDIDATES.get(name, [])):
+        candidates: list[list[str] | Comparator] = [*CANDIDATES.get(name, []), *COMPARATOR_CANDIDATES.get(name, [])]
+        for number, settings in enumerate(candidates):
             kept = work / f"choice-{name}-{number}.json"
             if kept.exists():
                 continue
             scores = {}
             for seed in CHOICE_SEEDS:
                 scratch = empty(work / f"choice-{name}-{number}")
-                _, released = fit(name, settings, TASKS[0], seed, (KS[0],), models, data, work, scratch)
-                scores[seed] = released.calibration.temperature[KS[0]].nll
+                if isinstance(settings, Comparator):
+                    scores[seed] = compared(settings, TASKS[0], seed, models, data, scratch)["release"]["nll"]["0"]
+                else:
+                    _, released = fit(name, settings, TASKS[0], seed, (KS[0],), models, data, work, scratch)
+                    scores[seed] = released.calibration.temperature[KS[0]].nll
                 shutil.rmtree(scratch)
-            kept.write_text(json.dumps({"name": name, "settings": settings, "nll": scores}) + "\n")
-            print(f"{name} {settings}: {scores}", file=sys.stderr, flush=True)
+            shown = str(settings) if isinstance(settings, Comparator) else " ".join(settings)
+            kept.write_text(json.dumps({"name": name, "settings": shown, "nll": scores}) + "\n")
+            print(f"{name} {shown}: {scores}", file=sys.stderr, flush=True)
 
 
 def choice_lines(work: Path) -> list[str]:
@@ -198,9 +254,7 @@ def choice_lines(work: Path) -> list[str]:
     for entry in found:
         values = list(entry["nll"].values())
         by_seed = ", ".join(f"{value:.3f}" for value in values)
-        lines.append(
-            f"| {entry['name']} | `{' '.join(entry['settings'])}` | {by_seed} | {statistics.mean(values):.3f} |"
-        )
+        lines.append(f"| {entry['name']} | `{entry['settings']}` | {by_seed} | {statistics.mean(values):.3f} |")
     return ["", *lines]
 
 
@@ -306,6 +360,7 @@ def page(found: dict[str, dict[str, list[dict[str, Any]]]], command: str, choice
         f"Common: `{' '.join(COMMON)}`",
         "",
         *(f"- {name}: `--method {method} {' '.join(settings)}`" for name, (method, settings) in SETTINGS.items()),
+        *(f"- {name} (PEFT {version('peft')}): {comparator}" for name, comparator in COMPARATORS.items()),
         *choices,
     ]
     for task, results in found.items():
@@ -315,12 +370,13 @@ def page(found: dict[str, dict[str, list[dict[str, Any]]]], command: str, choice
 
 def main() -> None:
     """Runs what is missing and prints the page; --write puts methods.md and methods.json into benchmarks/results/."""
+    names = [*SETTINGS, *COMPARATORS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True, help="folder holding stories260K/")
     parser.add_argument("--data", type=Path, required=True, help="folder holding the tasks")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--methods", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", default=names, choices=names)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps finished runs")
     parser.add_argument("--choose", action="store_true", help="compare settings on validation rows, and nothing else")
@@ -341,7 +397,7 @@ def main() -> None:
                 )
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in TASKS:
-        for name in SETTINGS:
+        for name in names:
             paths = {int(path.stem.rpartition("-")[2]): path for path in options.work.glob(f"{task}-{name}-*.json")}
             kept = [paths[seed] for seed in sorted(set(paths) - set(CHOICE_SEEDS))]
             if kept:

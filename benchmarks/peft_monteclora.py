@@ -28,28 +28,23 @@ import torch
 from peft import LoraConfig, MontecloraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.monteclora import MontecloraSampler
 from torch import Tensor
-from transformers import get_scheduler
 
 from credence.adapters.kinds.row import kl_dirichlet, kl_normal
 from credence.adapters.sampling import NoiseSource
 from credence.benchmarks.methods import BATCH_SIZE, COMMON, ROWS, empty, mean_and_error, subset
+from credence.benchmarks.peft_training import BATCH, RATE, STEPS, TARGETS, Rows, start_as_ours, train_peft
 from credence.training.config import LoraSettings, ReleaseSettings, load_config
-from credence.training.data import read_data
 from credence.training.evaluate import evaluate
 from credence.training.importers import ImportRequest, import_adapter
 from credence.training.loop import train
 from credence.training.methods import monteclora
-from credence.training.modeling import add_lora, context_length, load_base, load_tokenizer
-from credence.training.prompts import Encoder, collate, label_space
+from credence.training.modeling import add_lora, load_base
 from credence.training.release import release
-from credence.training.session import pad_token
-from credence.training.trainer import RowOrder, target_nll
+from credence.training.trainer import target_nll
 
 TASK, K, TAUS = "clinc_domains", 10, (1.0, 10.0, 100.0)
-STEPS, BATCH, RATE, WARMUP = 400, 16, 1e-2, 20
 COMPONENTS, EPSILON = 4, 5e-3
 OURS = [*COMMON, f"method.epsilon={EPSILON}", f"method.components={COMPONENTS}"]
-TARGETS = ["q_proj", "v_proj"]
 METRICS = {
     "accuracy": "accuracy",
     "nll": "NLL",
@@ -96,40 +91,12 @@ def peft_model(base: Path, **changes: Any) -> Any:
 
 
 def train_port(base: Path, data: Path, seed: int, output: Path) -> None:
-    """Trains PEFT's port as our trainer trains ours: the same start of A, rows of a step, schedule, clipping and loss."""
+    """Trains PEFT's port and saves it as PEFT does."""
     torch.manual_seed(seed)
     model = peft_model(base)
-    source, order = NoiseSource(seed, 0, "init"), RowOrder(ROWS["train"], (seed,))
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if hasattr(module, "lora_A"):
-                A = module.lora_A["default"].weight
-                uniform = source.uniform(name.removeprefix("base_model.model."), "A", tuple(A.shape))
-                A.copy_((2 * uniform - 1) / A.shape[1] ** 0.5)
-    tokenizer, rows = load_tokenizer(base), read_data(data)
-    space = label_space(tokenizer, rows.labels, "Text: {text}\nLabel:")
-    examples = Encoder(tokenizer, rows.format, space=space, max_length=context_length(model)).encode(rows)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-    schedule = get_scheduler("linear", optimizer, WARMUP, STEPS)
-    model.train()
-    step = epoch = 0
-    while step < STEPS:
-        order.set_epoch(epoch)
-        indices = [index for (index,) in order]
-        for start in range(0, len(indices), BATCH):
-            batch = collate([examples[index] for index in indices[start : start + BATCH]], pad_token(tokenizer))
-            nll, count = target_nll(model, batch)
-            loss = nll.sum() / count.sum() + model.base_model._get_monteclora_loss()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            step += 1
-            if step == STEPS:
-                break
-        epoch += 1
+    start_as_ours(model, seed)
+    rows = Rows.read(base, {"train": data})
+    train_peft(model, rows.parts["train"], rows.pad_token, seed, regulariser=model.base_model._get_monteclora_loss)
     model.save_pretrained(output)
 
 
