@@ -3,8 +3,19 @@
 from credence.adapters.adaptive import settled_choice, settled_flag, settled_threshold, stages
 from credence.adapters.agreement import Agreement, AnswerCount, agreement, normalise_answer
 from credence.adapters.artifact import Artifact, config_of_rank, load_artifact, write_artifact, write_sample
+from credence.adapters.calibration import lowest_score, probability_correct
 from credence.adapters.choices import ChoiceScores, choice_scores
-from credence.adapters.config import BaseModelRef, Calibration, CurvePoint, Fit, MemberPosterior, PosteriorConfig
+from credence.adapters.config import (
+    BaseModelRef,
+    BeforeAfter,
+    Calibration,
+    CurvePoint,
+    Fit,
+    IsotonicMap,
+    MemberPosterior,
+    PlattMap,
+    PosteriorConfig,
+)
 from credence.adapters.errors import AdapterError, ArtifactError, PosteriorError
 from credence.adapters.kinds import (
     KINDS,
@@ -31,6 +42,7 @@ __all__ = [
     "Artifact",
     "ArtifactError",
     "BaseModelRef",
+    "BeforeAfter",
     "Calibration",
     "ChoiceScores",
     "CorePosterior",
@@ -39,6 +51,7 @@ __all__ = [
     "EnsemblePosterior",
     "Fit",
     "FixedRowPosterior",
+    "IsotonicMap",
     "KroneckerPosterior",
     "LoraFactors",
     "LowRankPosterior",
@@ -46,6 +59,7 @@ __all__ = [
     "MemberPosterior",
     "MergedModel",
     "NoiseSource",
+    "PlattMap",
     "PointPosterior",
     "Posterior",
     "PosteriorConfig",
@@ -61,8 +75,10 @@ __all__ = [
     "is_merged",
     "load_artifact",
     "load_merged",
+    "lowest_score",
     "merge",
     "normalise_answer",
+    "probability_correct",
     "sequence_scores",
     "settled_choice",
     "settled_flag",

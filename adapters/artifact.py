@@ -3,6 +3,7 @@
     adapter_config.json, adapter_model.safetensors   the mean, plain PEFT LoRA, float32
     posterior.json, posterior.safetensors            kind, method, settings, noise convention, fitted tau; the parameters
     calibration.json, metrics.json, README.md        optional: temperatures by K, measured numbers, model card
+    config.yaml                                      optional: every setting of the run that made it, under comments
     manifest.json                                    size and SHA-256 of every file above, dtype and shape of every tensor
 
 The digest of an artifact is the SHA-256 of manifest.json. Reading verifies everything before anything is used: each file is read once,
@@ -13,7 +14,7 @@ are also laid down in a private folder named by the digest, and whoever needs a 
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from credence.adapters.files import (
     METRICS,
     POSTERIOR_CONFIG,
     POSTERIOR_TENSORS,
+    RUN_CONFIG,
     json_object,
     lay_down,
     parse,
@@ -75,6 +77,7 @@ class Artifact:
         digest: ``sha256:<64 hex>``, identifies every byte of it.
         mean: factors by module (PEFT's module names without their prefix).
         posteriors: posterior by module; the same keys as ``mean``. Of some kinds a module may be deterministic, kind ``point``.
+        run_config: text of config.yaml, the settings of the training run, if there is one; it is not parsed.
     """
 
     path: Path
@@ -86,6 +89,7 @@ class Artifact:
     calibration: Calibration
     metrics: dict[str, Any]
     manifest: Manifest
+    run_config: str | None = None
 
     @property
     def has_posterior(self) -> bool:
@@ -172,6 +176,7 @@ def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int
     )
     mean = factors_of(mean_tensors, config.rank, folder / MEAN_TENSORS)
     posteriors = _posteriors(posterior_tensors, config, mean, folder / POSTERIOR_TENSORS)
+    run_config = _text(contents[RUN_CONFIG], folder / RUN_CONFIG) if RUN_CONFIG in contents else None
     kept = folder
     if store is not None:
         kept = store / digest
@@ -186,6 +191,7 @@ def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int
         calibration=calibration,
         metrics=metrics,
         manifest=manifest,
+        run_config=run_config,
     )
 
 
@@ -198,7 +204,8 @@ def write_artifact(
     config: PosteriorConfig,
     calibration: Calibration | None = None,
     metrics: Mapping[str, Any] | None = None,
-    card: str | None = None,
+    card: str | Callable[[Mapping[str, int]], str] | None = None,
+    run_config: str | None = None,
     replace: bool = False,
 ) -> str:
     """Writes an artifact as one step: a failure leaves ``path`` as it was. What was written is read back and verified.
@@ -206,7 +213,8 @@ def write_artifact(
     Args:
         adapter_config: PEFT's LoraConfig as JSON.
         mean, posteriors: by module, equal keys; written as float32.
-        card: text of the folder's README.md.
+        card: text of the folder's README.md, or a function that writes it from the sizes of the other files (bytes, by name).
+        run_config: text of config.yaml.
         replace: replace the artifact at ``path``; otherwise an existing non-empty path is refused.
 
     Returns:
@@ -236,8 +244,11 @@ def write_artifact(
         contents[CALIBRATION] = _dump_json(calibration.model_dump(mode="json"))
     if metrics is not None:
         contents[METRICS] = _dump_json(metrics)
+    if run_config is not None:
+        contents[RUN_CONFIG] = run_config.encode()
     if card is not None:
-        contents[CARD] = card.encode()
+        text = card if isinstance(card, str) else card({name: len(data) for name, data in contents.items()})
+        contents[CARD] = text.encode()
     manifest = Manifest(files={name: _entry(name, data) for name, data in contents.items()})
     contents[MANIFEST] = _dump_json(manifest.model_dump(mode="json"))
     with replacing_folder(Path(path), replace=replace) as folder:
@@ -285,6 +296,13 @@ def _float32(tensor: Tensor) -> Tensor:
 
 def _own(factor: Tensor, mean: Tensor) -> Tensor:
     return factor.clone() if factor is mean else factor
+
+
+def _text(data: bytes, path: Path) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise refused(f"{path} is not UTF-8 text: {error}", "malformed", path) from None
 
 
 def _dump_json(document: Mapping[str, Any]) -> bytes:

@@ -1,9 +1,10 @@
 """The JSON documents of an artifact: posterior.json, calibration.json and manifest.json (format version 1)."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer
 
 
 class Document(BaseModel):
@@ -79,10 +80,71 @@ class PosteriorConfig(Document):
         return nearest_fit(self.tau, k, default=1.0)
 
 
+class BeforeAfter(Document):
+    """A score of held-out rows (lower is better): of the confidence without the map, and of maps fitted on other rows than they score."""
+
+    before: float = Field(ge=0)
+    after: float = Field(ge=0)
+
+
+class FittedMap(Document):
+    """What every map from the score of a generated text to the probability that it is correct has (credence.adapters.calibration).
+
+    Attributes:
+        score: mean log-probability of the text's tokens under the average of the K samples, nats.
+        temperature: at which the score is taken.
+        rows: held-out rows it was fitted on; ``correct`` of them were answered correctly.
+        nll: of ``correct`` under the confidence, nats a row.
+        brier: mean squared difference between the confidence and ``correct``, in [0, 1].
+    """
+
+    score: Literal["mean_logprob"] = "mean_logprob"
+    temperature: float = Field(default=1.0, ge=1, le=1)
+    rows: int = Field(ge=1)
+    correct: int = Field(ge=0)
+    nll: BeforeAfter
+    brier: BeforeAfter
+
+
+class PlattMap(FittedMap):
+    """P(correct) = 1 / (1 + exp(-(slope score + intercept))); a likelier text is never less likely to be correct."""
+
+    kind: Literal["platt"] = "platt"
+    slope: float = Field(ge=0)
+    intercept: float
+
+
+class IsotonicMap(FittedMap):
+    """P(correct) is linear between the knots (score, probability) and constant beyond the first and the last."""
+
+    kind: Literal["isotonic"] = "isotonic"
+    knots: tuple[tuple[float, Annotated[float, Field(ge=0, le=1)]], ...] = Field(min_length=1)
+
+    @field_validator("knots")
+    @classmethod
+    def _monotone(cls, knots: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        for (score, probability), (next_score, next_probability) in pairwise(knots):
+            if next_score <= score or next_probability < probability:
+                raise ValueError(
+                    f"the knots must have rising scores and probabilities that never fall, got ({score}, {probability}) before "
+                    f"({next_score}, {next_probability})"
+                )
+        return knots
+
+
+ConfidenceMap = Annotated[PlattMap | IsotonicMap, Field(discriminator="kind")]
+
+
 class Calibration(Document):
-    """calibration.json: temperature on the averaged probabilities by number of samples K (K = 0 is the mean adapter)."""
+    """calibration.json, each by number of samples K (K = 0 is the mean adapter).
+
+    Attributes:
+        temperature: on the averaged probabilities.
+        maps: of free text, from the score of a generated text to the probability that it is correct; empty for other data.
+    """
 
     temperature: dict[int, Fit] = Field(default_factory=dict)
+    maps: dict[Annotated[int, Field(ge=0)], ConfidenceMap] = Field(default_factory=dict)
 
     def fitted_temperature(self, k: int) -> float:
         """The fitted temperature: K = 0 has its own, other K use the nearest in ratio; 1.0 if none was fitted."""
@@ -90,13 +152,29 @@ class Calibration(Document):
             return self.temperature[0].value if 0 in self.temperature else 1.0
         return nearest_fit({key: fit for key, fit in self.temperature.items() if key > 0}, k, default=1.0)
 
+    def fitted_map(self, k: int) -> PlattMap | IsotonicMap | None:
+        """The map: K = 0 has its own, other K use the nearest in ratio; None if none was fitted."""
+        if k == 0:
+            return self.maps.get(0)
+        fitted = [key for key in self.maps if key > 0]
+        return self.maps[nearest_k(fitted, k)] if fitted else None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_maps(self, serialise: Callable[["Calibration"], dict[str, Any]]) -> dict[str, Any]:
+        # Earlier releases refuse a key they do not know; an artifact without maps stays readable by them.
+        document = serialise(self)
+        return document if self.maps else {key: value for key, value in document.items() if key != "maps"}
+
 
 def nearest_fit(fits: Mapping[int, Fit], k: int, default: float) -> float:
     """Value of the fit whose K has the smallest ratio to ``k`` (the smaller K on a tie), or ``default`` without fits."""
-    if not fits:
-        return default
+    return fits[nearest_k(fits, k)].value if fits else default
+
+
+def nearest_k(fitted: Collection[int], k: int) -> int:
+    """The number of ``fitted`` (one or more) that has the smallest ratio to ``k``; the smaller on a tie."""
     k = max(k, 1)
-    return fits[min(sorted(fits), key=lambda other: max(other, k) / max(min(other, k), 1))].value
+    return min(sorted(fitted), key=lambda other: max(other, k) / max(min(other, k), 1))
 
 
 class FileEntry(Document):

@@ -19,8 +19,9 @@ from credence.adapters.errors import ArtifactError, ArtifactReason
 MEAN_CONFIG, MEAN_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 POSTERIOR_CONFIG, POSTERIOR_TENSORS = "posterior.json", "posterior.safetensors"
 CALIBRATION, METRICS, CARD, MANIFEST = "calibration.json", "metrics.json", "README.md", "manifest.json"
+RUN_CONFIG = "config.yaml"
 REQUIRED = (MEAN_CONFIG, MEAN_TENSORS, POSTERIOR_CONFIG, POSTERIOR_TENSORS)
-OPTIONAL = (CALIBRATION, METRICS, CARD)
+OPTIONAL = (CALIBRATION, METRICS, CARD, RUN_CONFIG)
 
 D = TypeVar("D", bound=Document)
 

@@ -103,3 +103,7 @@ def _fail(error: Exception, message: str, code: int, debug: bool) -> int:
         traceback.print_exception(error)
     print(f"credence: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":  # torchrun -m credence.cli.main
+    main()

@@ -50,7 +50,9 @@ def train(
     validation: Annotated[
         Path | None, typer.Option("--validation", help="Held-out rows: release the artifact at the end.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML file; an artifact's config.yaml repeats its run.")
+    ] = None,
     settings: SetOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
@@ -68,6 +70,7 @@ def train(
     """
     with needs_extra("train"):
         from credence.training.config import load_config
+        from credence.training.distributed import is_first_process
         from credence.training.loop import train as fit
     result = fit(
         base,
@@ -80,6 +83,8 @@ def train(
         resume,
         progress=sys.stderr.isatty(),
     )
+    if not is_first_process():
+        return
     document = {"path": str(output), "digest": result.digest, "seconds": result.seconds, "metrics": result.metrics}
     write_json(json_file, document)
     say(json_file, f"wrote {output}, {result.digest}, trained in {result.seconds:.1f} s")

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from credence.adapters import Artifact
+from credence.adapters import Artifact, IsotonicMap, PlattMap
 from credence.serve.config import ServeConfig
 from credence.serve.engine import EngineLimits, SampleEngine, SampleLoadError
 from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, Unavailable
@@ -106,6 +106,12 @@ class Plan:
     def temperature(self, num_samples: int) -> float:
         """The stored temperature for this K; samples at tau = 0 are the mean, which has its own."""
         return self.adapter.artifact.calibration.fitted_temperature(0 if self.tau == 0 else num_samples)
+
+    def confidence_map(self, num_samples: int) -> PlattMap | IsotonicMap | None:
+        """The stored map from a text's score to its confidence for this K; None without, or if no calibration is wanted."""
+        if not self.options.calibrated or not self.adapter.can_calibrate or self.adapter.support:
+            return None
+        return self.adapter.artifact.calibration.fitted_map(0 if self.tau == 0 else num_samples)
 
 
 @dataclass(kw_only=True)

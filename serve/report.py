@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from credence.adapters import Agreement, ChoiceScores, sequence_scores
+from credence.adapters import Agreement, ChoiceScores, probability_correct, sequence_scores
 from credence.serve.ensemble import Plan
 from credence.serve.schemas import (
     AdapterIdentity,
@@ -111,10 +111,14 @@ def describe_agreement(
 def sequence_confidence(plan: Plan, table: StepTable) -> tuple[float, bool]:
     """Confidence in [0, 1] and whether the stored calibration was applied.
 
-    The geometric mean of the tokens' probabilities under the average; of a classification adapter, the probability of its answer, the
-    first token, among the labels. Without a usable calibration, at temperature 1 over the vocabulary.
+    The probability that the text is correct, by the stored map from its mean log-probability under the average at temperature 1; without a
+    map the geometric mean of the tokens' probabilities under the average. Of a classification adapter it is the probability of its answer,
+    the first token, among the labels. Without a usable calibration it is the geometric mean at temperature 1 over the vocabulary.
     """
     adapter = plan.adapter
+    fitted = plan.confidence_map(table.member_log_probs.shape[1])
+    if fitted is not None:
+        return probability_correct(fitted, float(table.log_prob.mean())), True
     if plan.options.calibrated and adapter.can_calibrate:
         steps = slice(0, 1) if adapter.support else slice(None)
         log_prob = float(table.calibrated_log_prob[steps].mean())

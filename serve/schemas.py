@@ -27,7 +27,7 @@ class UncertaintyOptions(BaseModel):
         return_samples: add what each sample said.
         min_samples: answer with at least this many samples if some cannot be loaded; K if omitted.
         threshold: confidence below which ``flag`` is ``low_confidence``.
-        calibrated: apply the stored temperature to ``confidence``.
+        calibrated: apply the stored calibration (temperature or map) to ``confidence``.
         stop_confidence: with ``n_samples: "auto"``, the probability with which the decision must be the one of all samples.
     """
 

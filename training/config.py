@@ -55,6 +55,13 @@ class TrainSettings(Section):
         dtype: of the base model; the adapter is always float32.
         max_length: longest row in tokens; None takes the model's context length. Longer rows are errors, never cut.
         save_steps: optimiser steps between checkpoints, 0 for none.
+        eval_steps: optimiser steps between evaluations on the validation rows, 0 for none.
+        eval_samples: samples averaged in an evaluation beside the mean, 0 for the mean alone (and of ensembles, the members' average).
+        eval_tau: posterior temperature of these samples.
+        eval_rows: rows of an evaluation, drawn evenly from those of the release.
+        early_stopping: evaluations without a new best NLL of the mean after which the run ends; the best step's adapter is kept. 0 for
+            never, and the last step's.
+        tensorboard: folder for TensorBoard's event files; it is no part of the run's description.
     """
 
     max_steps: int | None = Field(default=None, ge=0)
@@ -71,6 +78,12 @@ class TrainSettings(Section):
     gradient_checkpointing: bool = False
     save_steps: int = Field(default=100, ge=0)
     logging_steps: int = Field(default=20, ge=1)
+    eval_steps: int = Field(default=0, ge=0)
+    eval_samples: int = Field(default=0, ge=0)
+    eval_tau: float = Field(default=1.0, gt=0)
+    eval_rows: int = Field(default=256, ge=1)
+    early_stopping: int = Field(default=0, ge=0)
+    tensorboard: str | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSettings":
@@ -103,11 +116,15 @@ class ReleaseSettings(Section):
         ks: numbers of samples K to fit for; K = 0 (the mean) is always fitted.
         taus: coarse grid of tau; 0 is always in it. Each K's best value is refined by half a step of the grid.
         max_rows: held-out rows used, drawn evenly from the validation file.
+        map_rows: of these, rows of free text that are answered to fit the map of the confidence (K = 0 and the largest K); 0 fits none.
+        max_new_tokens: longest such answer; rows with a longer reference are left out.
     """
 
     ks: tuple[int, ...] = (8, 10, 32)
     taus: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
     max_rows: int = Field(default=512, ge=8)
+    map_rows: int = Field(default=200, ge=0)
+    max_new_tokens: int = Field(default=64, ge=1)
 
     @field_validator("ks")
     @classmethod

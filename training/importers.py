@@ -532,7 +532,7 @@ def _write(request: ImportRequest, contents: _Contents) -> str:
             mean=contents.mean,
             posteriors=contents.posteriors,
             config=config,
-            card=model_card(config, Calibration(), {}),
+            card=lambda sizes: model_card(config, Calibration(), {}, sizes),
         )
         if request.validation is not None:
             assert request.base is not None

@@ -1,7 +1,6 @@
 """Trains an adapter and writes its artifact."""
 
 import math
-import os
 import shutil
 import sys
 import time
@@ -22,7 +21,8 @@ from credence.training.card import model_card
 from credence.training.checkpoint import checkpoint_folder, prepare_folder
 from credence.training.config import Section, TrainConfig
 from credence.training.data import DataFile, DataFormat, read_data
-from credence.training.errors import ConfigError, DataError, TrainingError
+from credence.training.distributed import Processes, joined_processes
+from credence.training.errors import ConfigError, DataError
 from credence.training.init import read_start
 from credence.training.methods import METHODS, Method, Plan, TrainingRows, method_class, method_settings
 from credence.training.modeling import (
@@ -34,11 +34,13 @@ from credence.training.modeling import (
     load_tokenizer,
     set_factors,
 )
+from credence.training.monitor import Monitor, check_settings
 from credence.training.predict import Predictor
 from credence.training.prompts import Encoder, Example, LabelSpace, label_space
-from credence.training.release import ReleaseResult, fit, held_out_rows, precision_check
+from credence.training.release import ReleaseResult, fit_and_check, held_out_rows
+from credence.training.run_config import run_config
 from credence.training.session import pad_token
-from credence.training.trainer import BayesianTrainer, JointRows, ProgressReport, collate_members, logged_losses
+from credence.training.trainer import BayesianTrainer, JointRows, ProgressReport, collate_share, logged_losses
 
 KEPT_CHECKPOINTS = 2
 DEFAULT_EPOCHS = 3.0
@@ -87,6 +89,9 @@ def train(
     The same arguments give the same artifact, byte for byte, on the same machine and versions, also when the run is interrupted
     after a checkpoint and resumed. Until the artifact is complete nothing appears at ``output``; checkpoints lie beside it.
 
+    Started n times by torchrun, the n processes train together: a step has n times ``train.batch_size`` rows. All of them return the
+    result of process 0, which alone writes.
+
     Args:
         base: folder or hub id of the base model.
         validation: held-out rows for tau and calibration; None leaves the artifact unreleased.
@@ -99,17 +104,44 @@ def train(
         TrainingError: with the reason (ConfigError, DataError, ModelError, CheckpointError).
         ArtifactError: the adapter to start from is refused.
     """
+    with joined_processes() as processes:
+        return _train(
+            base,
+            data,
+            validation,
+            method,
+            output,
+            config,
+            seed,
+            resume,
+            progress,
+            callbacks=callbacks,
+            processes=processes,
+        )
+
+
+def _train(
+    base: str | Path,
+    data: str | Path,
+    validation: str | Path | None,
+    method: str,
+    output: str | Path,
+    config: TrainConfig | None,
+    seed: int,
+    resume: bool,
+    progress: bool,
+    *,
+    callbacks: Sequence[TrainerCallback],
+    processes: Processes,
+) -> TrainResult:
     config = config or TrainConfig()
     output = Path(output)
     if seed < 0:
         raise ConfigError(f"the seed is {seed}; 0 or more is allowed", key="seed")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TrainingError(
-            "training runs in one process on one device; start it without torchrun or accelerate launch"
-        )
     chosen = method_class(method)
     settings = method_settings(method, config.method)
     _check_steps(chosen, config)
+    check_settings(config.train, chosen, settings, has_validation=validation is not None)
     start = read_start(config.lora.init) if config.lora.init is not None else None
     tokenizer = load_tokenizer(base)
     set_seed(seed)
@@ -117,26 +149,55 @@ def train(
     reference = base_reference(base, model)
     if start is not None:
         config = config.model_copy(update={"lora": start.settings(config.lora, model)})
-    loaded = _load_data(tokenizer, data, validation, config, context_length(model))
+    context = context_length(model)
+    loaded = _load_data(tokenizer, data, validation, config, context)
     run = {
         "base_model": reference.model_dump(),
         "method": method,
         "seed": seed,
-        "config": {**config.model_dump(mode="json"), "method": settings.model_dump(mode="json")},
+        "config": {
+            **config.model_dump(mode="json", exclude={"train": {"tensorboard"}}),
+            "method": settings.model_dump(mode="json"),
+        },
         "init": start.record() if start else None,
         "rows": {"format": str(loaded.train.format), **(loaded.space.record() if loaded.space else {})},
         "data": _file_record(loaded.train),
         "validation": _file_record(loaded.validation) if loaded.validation else None,
+        **({"processes": processes.count} if processes.count > 1 else {}),
     }
-    checkpoint = prepare_folder(output, run, resume=resume)
+    checkpoint = processes.on_first(lambda: prepare_folder(output, run, resume=resume))
     peft_model, sites = add_lora(model, config.lora)
     initialise(sites, seed)
     if start is not None:
         set_factors(sites, start.factors)
     trained: Method = chosen(settings, sites)
-    trainer, seconds = _optimise(
-        peft_model, trained, chosen, loaded, config, seed, output, checkpoint, pad_token(tokenizer), progress, callbacks
+    monitor = Monitor(
+        method=trained,
+        predictor=Predictor(peft_model, sites, pad_token(tokenizer)),
+        examples=loaded.held_out,
+        settings=config.train,
+        folder=checkpoint_folder(output),
+        processes=processes,
     )
+    trainer, seconds = _optimise(
+        peft_model,
+        trained,
+        chosen,
+        loaded,
+        config,
+        seed,
+        output,
+        checkpoint,
+        pad_token(tokenizer),
+        progress,
+        callbacks,
+        processes,
+        monitor,
+    )
+    trainer.check_equal()
+    if not processes.is_first:
+        return processes.result(None)
+    monitor.restore_best(trainer)
     trained.fit_posterior(
         TrainingRows(
             model=peft_model,
@@ -153,11 +214,15 @@ def train(
     released: ReleaseResult | None = None
     if loaded.held_out:
         predictor = Predictor(peft_model, sites, pad_token(tokenizer))
-        tau, calibration = fit(predictor, loaded.held_out, mean, posteriors, config.release, say=_say)
-        precision = precision_check(mean, posteriors, scaling=scaling, tau=tau)
-        released = ReleaseResult(tau=tau, calibration=calibration, precision=precision, rows=len(loaded.held_out))
+        released = fit_and_check(
+            predictor, loaded.held_out, mean, posteriors, config.release, scaling=scaling, tokenizer=tokenizer, say=_say
+        )
     metrics: dict[str, Any] = {
-        "train": {"steps": trainer.state.global_step, "curve": logged_losses(trainer.state.log_history)},
+        "train": {
+            "steps": trainer.state.global_step,
+            "curve": logged_losses(trainer.state.log_history),
+            **monitor.metrics(trainer.state),
+        },
         **({"release": released.metrics()} if released else {}),
     }
     artifact_config = PosteriorConfig(
@@ -171,6 +236,7 @@ def train(
         tau=released.tau if released else {},
         training=_training_record(run, loaded, settings),
     )
+    versions = {**artifact_config.training["versions"], "credence": artifact_config.credence_version}
     calibration = released.calibration if released else Calibration()
     digest = write_artifact(
         output,
@@ -184,11 +250,12 @@ def train(
         config=artifact_config,
         calibration=calibration if released else None,
         metrics=metrics,
-        card=model_card(artifact_config, calibration, metrics),
+        card=lambda sizes: model_card(artifact_config, calibration, metrics, sizes),
+        run_config=run_config(config, chosen, settings, run, versions, epochs=DEFAULT_EPOCHS, context=context),
         replace=True,  # an empty folder may be there; prepare_folder refused anything else
     )
     shutil.rmtree(checkpoint_folder(output), ignore_errors=True)
-    return TrainResult(digest=digest, path=output, seconds=seconds, metrics=metrics)
+    return processes.result(TrainResult(digest=digest, path=output, seconds=seconds, metrics=metrics))
 
 
 def _load_data(
@@ -228,6 +295,8 @@ def _optimise(
     pad: int,
     progress: bool,
     callbacks: Sequence[TrainerCallback],
+    processes: Processes,
+    monitor: Monitor,
 ) -> tuple[BayesianTrainer, float]:
     options, defaults = config.train, chosen.defaults_for(method.settings)
     max_grad_norm = defaults.max_grad_norm if options.max_grad_norm is None else options.max_grad_norm
@@ -241,7 +310,7 @@ def _optimise(
         output_dir=str(checkpoint_folder(output)),
         max_steps=options.max_steps or -1,
         num_train_epochs=options.epochs or DEFAULT_EPOCHS,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size * processes.count,  # the collator takes this process's share
         gradient_accumulation_steps=options.gradient_accumulation,
         learning_rate=learning_rate,
         lr_scheduler_type=options.lr_scheduler or defaults.lr_scheduler,
@@ -272,11 +341,15 @@ def _optimise(
         model=model,
         args=args,
         train_dataset=JointRows(data.examples),
-        data_collator=lambda items: collate_members(items, pad),
-        callbacks=[report, *callbacks],
+        data_collator=lambda items: collate_share(items, pad, processes, options.batch_size),
+        callbacks=[*([report] if processes.is_first else []), *callbacks],
+        processes=processes,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    steps_per_epoch = math.ceil(math.ceil(len(data.examples) / options.batch_size) / options.gradient_accumulation)
+    for watcher in monitor.callbacks():
+        trainer.add_callback(watcher)
+    batches_per_epoch = math.ceil(len(data.examples) / (options.batch_size * processes.count))
+    steps_per_epoch = math.ceil(batches_per_epoch / options.gradient_accumulation)
     num_steps = options.max_steps or math.ceil((options.epochs or DEFAULT_EPOCHS) * steps_per_epoch)
     method.begin_training(
         Plan(
@@ -288,14 +361,20 @@ def _optimise(
             from_init=config.lora.init is not None,
         )
     )
+    if not processes.is_first:
+        torch.manual_seed(seed + processes.rank)  # dropout; the noise of the methods has its own source
     started = time.perf_counter()
     if options.max_steps == 0:
         return trainer, 0.0
     try:
-        if checkpoint is None or not trainer.restore_finished(checkpoint):
+        ended = checkpoint is not None and (
+            monitor.restore_stopped(trainer, checkpoint) or trainer.restore_finished(checkpoint)
+        )
+        if not ended:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         report.close()
+        monitor.close()
     return trainer, time.perf_counter() - started
 
 
@@ -321,6 +400,7 @@ def _training_record(run: dict[str, Any], data: _Data, settings: Section) -> dic
         **run["rows"],
         "seed": run["seed"],
         "config": run["config"],
+        **({"processes": run["processes"]} if "processes" in run else {}),
         **({"init": run["init"]} if run["init"] else {}),
         "data": run["data"],
         "validation": {**run["validation"], "rows": len(data.held_out)} if run["validation"] else None,

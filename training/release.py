@@ -7,7 +7,7 @@ probabilities, chosen after tau. The samples of K are the indices 0, ..., K-1 of
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -20,11 +20,15 @@ from credence.adapters.kinds import EnsemblePosterior
 from credence.adapters.posterior import LoraFactors, Posterior, draw
 from credence.adapters.precision import PrecisionReport, measure_precision
 from credence.adapters.sampling import NoiseSource
+from credence.training import metrics
 from credence.training.card import model_card
 from credence.training.config import ReleaseSettings
 from credence.training.data import DataFile, Row, read_data
 from credence.training.errors import DataError
-from credence.training.predict import Factors, Predictor, log_likelihood
+from credence.training.generate import stop_tokens
+from credence.training.maps import Answers, MapResult
+from credence.training.modeling import context_length
+from credence.training.predict import Factors, Prediction, Predictor, Scores, log_likelihood, score
 from credence.training.prompts import Example
 from credence.training.session import open_session
 
@@ -50,6 +54,8 @@ class ReleaseResult:
     Attributes:
         tau: by K (empty for kind ``point``).
         rows: held-out rows used.
+        accuracy, ece15: of these rows by K, at the fitted tau and temperature; empty for free text.
+        maps: of the confidence by K, tried or fitted; empty for rows with labels or choices.
         digest, path: of the artifact it was written to; empty while a training run has not written one.
     """
 
@@ -57,6 +63,9 @@ class ReleaseResult:
     calibration: Calibration
     precision: PrecisionReport
     rows: int
+    accuracy: dict[int, float] = field(default_factory=dict)
+    ece15: dict[int, float] = field(default_factory=dict)
+    maps: dict[int, MapResult] = field(default_factory=dict)
     digest: str = ""
     path: Path | None = None
 
@@ -67,8 +76,22 @@ class ReleaseResult:
             "tau": {str(k): fit.value for k, fit in self.tau.items()},
             "temperature": {str(k): fit.value for k, fit in self.calibration.temperature.items()},
             "nll": {str(k): fit.nll for k, fit in self.calibration.temperature.items()},
+            "accuracy": {str(k): value for k, value in self.accuracy.items()},
+            "ece15": {str(k): value for k, value in self.ece15.items()},
+            "maps": {str(k): result.metrics() for k, result in self.maps.items()},
             "precision": precision_record(self.precision),
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """tau (empty where the posterior is a point), calibration and measured numbers by K, as in :class:`ReleaseResult`."""
+
+    tau: dict[int, Fit]
+    calibration: Calibration
+    accuracy: dict[int, float] = field(default_factory=dict)
+    ece15: dict[int, float] = field(default_factory=dict)
+    maps: dict[int, MapResult] = field(default_factory=dict)
 
 
 class _Search:
@@ -95,18 +118,23 @@ class _Search:
         self.seed = seed
         self.nll: dict[tuple[float, int], float] = {}
         self.tempered: dict[tuple[float, int], list[float]] = {}
+        self.predictions: dict[tuple[float, int], list[Prediction]] = {}
 
     def measure(self, tau: float, *, temperatures: bool = False) -> None:
         """Measures every K at ``tau``; at tau 0 all K are the mean. Does nothing if it is known."""
         if (tau, self.ks[0]) in (self.tempered if temperatures else self.nll):
             return
-        grid = TEMPERATURES if temperatures or self.examples[0].candidates else (1.0,)
+        has_candidates = bool(self.examples[0].candidates)
+        grid = TEMPERATURES if temperatures or has_candidates else (1.0,)
+        # A few numbers a row; on a whole vocabulary they would be gigabytes.
+        kept: dict[int, list[Prediction]] | None = {} if has_candidates else None
         if tau == 0:
-            values = nll_by_temperature(self.predictor, self.examples, [self.mean], [1], grid)[1]
+            values = nll_by_temperature(self.predictor, self.examples, [self.mean], [1], grid, kept)[1]
             by_k = dict.fromkeys((0, *self.ks), values)
+            kept = dict.fromkeys(by_k, kept[1]) if kept else None
         else:
-            draws = [self._draw(tau, index) for index in range(max(self.ks))]
-            by_k = nll_by_temperature(self.predictor, self.examples, draws, self.ks, grid)
+            by_k = nll_by_temperature(self.predictor, self.examples, self.draws(tau, max(self.ks)), self.ks, grid, kept)
+        self.predictions.update({(tau, k): predictions for k, predictions in (kept or {}).items()})
         for k, values in by_k.items():
             self.nll[tau, k] = values[grid.index(1.0)]
             if len(grid) > 1:
@@ -126,9 +154,20 @@ class _Search:
         best = min(curve, key=lambda point: point.nll)
         return Fit(value=best.value, nll=best.nll, curve=tuple(curve))
 
-    def _draw(self, tau: float, index: int) -> Factors:
-        source = NoiseSource(self.seed, index)
-        return {name: draw(self.posteriors[name], factors, source, name, tau) for name, factors in self.mean.items()}
+    def scores(self, tau: float, k: int, temperature: float) -> Scores | None:
+        """Scores of the rows at a tau that was measured; None for free text."""
+        predictions = self.predictions.get((tau, k))
+        return Scores.concatenate([score(p, temperature) for p in predictions]) if predictions else None
+
+    def draws(self, tau: float, count: int) -> list[Factors]:
+        """Samples 0, ..., count - 1; at tau 0 the mean alone."""
+        if tau == 0:
+            return [self.mean]
+        sources = [NoiseSource(self.seed, index) for index in range(count)]
+        return [
+            {name: draw(self.posteriors[name], factors, source, name, tau) for name, factors in self.mean.items()}
+            for source in sources
+        ]
 
 
 def fit(
@@ -139,33 +178,72 @@ def fit(
     settings: ReleaseSettings,
     *,
     seed: int = 0,
+    tokenizer: Any = None,
     say: Say = logger.info,
-) -> tuple[dict[int, Fit], Calibration]:
-    """Fits tau and T for K = 0 and every K in ``settings.ks``.
+) -> Fitted:
+    """Fits tau and T for K = 0 and every K in ``settings.ks``, and of free text the maps of the confidence.
 
-    Returns:
-        tau by K (empty where the posterior is a point) and the calibration.
+    Args:
+        tokenizer: decodes the answers that the maps are fitted on; None fits no map.
     """
     distinct = num_distinct_samples(posteriors)
     ks = settings.ks if distinct is None else tuple(sorted({min(k, distinct) for k in settings.ks}))
     search = _Search(predictor, examples, mean, posteriors, ks, seed)
+    tau, temperature = _fit_tau_and_temperature(search, distinct, settings, say)
+    used = {k: tau[k].value if k in tau else 0.0 for k in temperature}
+    scores = {k: search.scores(used[k], k if k in ks else 0, fit.value) for k, fit in temperature.items()}
+    known = {k: found for k, found in scores.items() if found is not None}
+    maps: dict[int, MapResult] = {}
+    if tokenizer is not None and settings.map_rows and not examples[0].candidates:
+        answers = _answers(predictor, examples, tokenizer, settings)
+        for k in (0, max(temperature)):
+            if k and used[k] == 0 and temperature[k].value == temperature[0].value:
+                maps[k] = maps[0]  # the samples are the mean: the same answers
+                continue
+            maps[k] = answers.fit_map(predictor, search.draws(used[k], k), temperature[k].value)
+            say(f"{f'K = {k}' if k else 'mean'}: {maps[k].line()}")
+    fitted = {k: result.fitted for k, result in maps.items() if result.fitted is not None}
+    return Fitted(
+        tau=tau,
+        calibration=Calibration(temperature=temperature, maps=fitted),
+        accuracy={k: metrics.accuracy(found.correct.numpy()) for k, found in known.items()},
+        ece15={k: metrics.ece(found.confidence.numpy(), found.correct.numpy(), bins=15) for k, found in known.items()},
+        maps=maps,
+    )
+
+
+def _answers(predictor: Predictor, examples: Sequence[Example], tokenizer: Any, settings: ReleaseSettings) -> Answers:
+    possible = [example for example in examples if len(example.target) <= settings.max_new_tokens]
+    return Answers(
+        tokenizer=tokenizer,
+        examples=evenly_spaced(possible, settings.map_rows),
+        stop=stop_tokens(predictor.model, tokenizer),
+        max_new_tokens=settings.max_new_tokens,
+        max_length=context_length(predictor.model),
+    )
+
+
+def _fit_tau_and_temperature(
+    search: _Search, distinct: int | None, settings: ReleaseSettings, say: Say
+) -> tuple[dict[int, Fit], dict[int, Fit]]:
+    ks = search.ks
     search.measure(0.0)
     temperature = {0: search.temperature_fit(0.0, 0)}
     say(f"mean: held-out NLL {search.nll[0.0, 0]:.4f}, with T = {temperature[0].value:.2f} {temperature[0].nll:.4f}")
     if distinct == 1:
-        return {}, Calibration(temperature={0: temperature[0], **dict.fromkeys(settings.ks, temperature[0])})
+        return {}, {0: temperature[0], **dict.fromkeys(settings.ks, temperature[0])}
     if distinct is not None:
         # Members without posteriors: there is no variance that tau could scale.
         search.measure(1.0)
         fits = {k: Fit(value=1.0, nll=search.nll[1.0, k]) for k in ks}
-        return fits, Calibration(temperature={**temperature, **{k: search.temperature_fit(1.0, k) for k in ks}})
+        return fits, {**temperature, **{k: search.temperature_fit(1.0, k) for k in ks}}
 
     def measure(tau: float) -> None:
         if (tau, ks[0]) not in search.nll:
             search.measure(tau)
             say(f"tau {tau:g}: held-out NLL " + ", ".join(f"{search.nll[tau, k]:.4f} (K = {k})" for k in ks))
 
-    if any(isinstance(posterior, EnsemblePosterior) for posterior in posteriors.values()):
+    if any(isinstance(posterior, EnsemblePosterior) for posterior in search.posteriors.values()):
         measure(MEMBERS_ALONE)
     worse = 0
     for tau in settings.taus:
@@ -181,7 +259,7 @@ def fit(
     for k in ks:
         temperature[k] = search.temperature_fit(tau_fits[k].value, k)
         say(f"K = {k}: tau {tau_fits[k].value:g}, T {temperature[k].value:.2f}, held-out NLL {temperature[k].nll:.4f}")
-    return tau_fits, Calibration(temperature=temperature)
+    return tau_fits, temperature
 
 
 def release(
@@ -209,26 +287,43 @@ def release(
     with open_session(artifact, base, dtype=dtype, batch_size=batch_size) as session:
         data = read_data(validation, expected=session.format)
         examples = session.encoder.encode(data, rows=held_out_rows(data, settings.max_rows))
-        tau, calibration = fit(
+        result = fit_and_check(
             session.predictor,
             examples,
             artifact.mean,
             artifact.posteriors,
             settings,
+            scaling=artifact.config.lora_alpha / artifact.config.rank,
+            tokenizer=session.encoder.tokenizer,
             seed=artifact.config.default_seed,
             say=say,
         )
-    precision = precision_check(
-        artifact.mean,
-        artifact.posteriors,
-        scaling=artifact.config.lora_alpha / artifact.config.rank,
-        tau=tau,
-        seed=artifact.config.default_seed,
-    )
-    result = ReleaseResult(tau=tau, calibration=calibration, precision=precision, rows=len(examples))
     digest = _rewrite(artifact, path, result, data)
+    return replace(result, digest=digest, path=Path(path))
+
+
+def fit_and_check(
+    predictor: Predictor,
+    examples: Sequence[Example],
+    mean: Mapping[str, LoraFactors],
+    posteriors: Mapping[str, Posterior],
+    settings: ReleaseSettings,
+    *,
+    scaling: float,
+    tokenizer: Any,
+    seed: int = 0,
+    say: Say = logger.info,
+) -> ReleaseResult:
+    """Fits everything (:func:`fit`) and checks the noise (:func:`precision_check`); writes nothing."""
+    fitted = fit(predictor, examples, mean, posteriors, settings, seed=seed, tokenizer=tokenizer, say=say)
     return ReleaseResult(
-        tau=tau, calibration=calibration, precision=precision, rows=len(examples), digest=digest, path=Path(path)
+        tau=fitted.tau,
+        calibration=fitted.calibration,
+        precision=precision_check(mean, posteriors, scaling=scaling, tau=fitted.tau, seed=seed),
+        rows=len(examples),
+        accuracy=fitted.accuracy,
+        ece15=fitted.ece15,
+        maps=fitted.maps,
     )
 
 
@@ -291,7 +386,7 @@ def _rewrite(artifact: Artifact, path: str | Path, result: ReleaseResult, data: 
         "validation": {"file": data.path.name, "sha256": data.sha256, "rows": result.rows},
     }
     config = artifact.config.model_copy(update={"tau": result.tau, "training": training})
-    metrics = {**artifact.metrics, "release": result.metrics()}
+    measured = {**artifact.metrics, "release": result.metrics()}
     return write_artifact(
         path,
         adapter_config=artifact.adapter_config,
@@ -299,8 +394,9 @@ def _rewrite(artifact: Artifact, path: str | Path, result: ReleaseResult, data: 
         posteriors=artifact.posteriors,
         config=config,
         calibration=result.calibration,
-        metrics=metrics,
-        card=model_card(config, result.calibration, metrics),
+        metrics=measured,
+        card=lambda sizes: model_card(config, result.calibration, measured, sizes),
+        run_config=artifact.run_config,
         replace=True,
     )
 
@@ -311,12 +407,19 @@ def nll_by_temperature(
     draws: Sequence[Factors],
     ks: Sequence[int],
     temperatures: Sequence[float],
+    kept: dict[int, list[Prediction]] | None = None,
 ) -> dict[int, list[float]]:
-    """Mean negative log-likelihood (nats a position) of the average over the first K draws, at each temperature, by K."""
+    """Mean negative log-likelihood (nats a position) of the average over the first K draws, at each temperature, by K.
+
+    Args:
+        kept: receives the predictions by K, if given.
+    """
     sums = {k: torch.zeros(len(temperatures), dtype=torch.float64) for k in ks}
     counts = dict.fromkeys(ks, 0)
     for prediction in predictor.predict(examples, draws, ks):
         counts[prediction.k] += len(prediction.row)
+        if kept is not None:
+            kept.setdefault(prediction.k, []).append(prediction)
         sums[prediction.k] += torch.stack([-log_likelihood(prediction, t).sum() for t in temperatures])
     return {k: (sums[k] / counts[k]).tolist() for k in ks}
 
@@ -333,4 +436,14 @@ def _beside(taus: Sequence[float], best: float) -> list[float]:
     return [(below * best) ** 0.5, (best * above) ** 0.5]
 
 
-__all__ = ["ReleaseResult", "evenly_spaced", "fit", "held_out_rows", "nll_by_temperature", "precision_check", "release"]
+__all__ = [
+    "Fitted",
+    "ReleaseResult",
+    "evenly_spaced",
+    "fit",
+    "fit_and_check",
+    "held_out_rows",
+    "nll_by_temperature",
+    "precision_check",
+    "release",
+]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import DistributedType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -17,10 +18,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from credence.adapters.sampling import NoiseSource
 from credence.training.checkpoint import load_adapter, load_method, save_adapter, save_method
+from credence.training.distributed import Processes, separate, tensors_in
 from credence.training.errors import TrainingError
 from credence.training.methods.base import Method
 from credence.training.modeling import logits_at
 from credence.training.prompts import IGNORED, Example, collate
+
+LENGTH_GROUPS = 4
+SMALLEST_GROUP = 16
+"""Most groups of a joint batch, and the fewest rows that a group is worth a pass for."""
 
 
 class BayesianTrainer(Trainer):  # type: ignore[misc]
@@ -31,12 +37,21 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         method: the training method; it owns the noise, the regulariser and the optimiser.
+        processes: those that share the batches. The batch size given to TrainingArguments is that of all together.
     """
 
     def __init__(
-        self, *, method: Method, noise_seed: int, learning_rate: float, weight_decay: float, **kwargs: Any
+        self,
+        *,
+        method: Method,
+        noise_seed: int,
+        learning_rate: float,
+        weight_decay: float,
+        processes: Processes | None = None,
+        **kwargs: Any,
     ) -> None:
         self.method = method
+        self.processes = processes or Processes()
         self.noise_seed = noise_seed
         self._method_options = {"learning_rate": learning_rate, "weight_decay": weight_decay}
         self._noise_step: int | None = None
@@ -45,6 +60,12 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         # compute_loss divides by the number of target tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Keeps accelerate from wrapping the model and from sharing out the batches of several processes."""
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.distributed_type != DistributedType.NO:
+            separate(self.accelerator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The method's own optimiser."""
@@ -60,10 +81,11 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         return RowOrder(len(self.train_dataset), tuple(seeds))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Takes the micro-batches of one optimiser step and counts each member's target tokens, [M]."""
+        """Takes the micro-batches of one optimiser step and counts each member's target tokens in all processes, [M]."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         members = self.method.num_members
-        return batches, sum((batch["labels"][:, 1:] != IGNORED).view(members, -1).sum(1) for batch in batches)
+        own: Any = sum((batch["labels"][:, 1:] != IGNORED).view(members, -1).sum(1) for batch in batches)
+        return batches, self.processes.total(own) if batches else own
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of one micro-batch, under the noise of its optimiser step."""
@@ -71,12 +93,20 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         if self._noise_step != step:
             self.method.begin_step(NoiseSource(self.noise_seed, step, "train"))
             self._noise_step = step
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        loss = loss / self.method.num_members  # what is shown; the gradients are there already
+            rows = self.args.per_device_train_batch_size // self.processes.count
+            self.processes.place_signs(self.method.sites, rows)
+        if bool((inputs["labels"][:, 1:] != IGNORED).any()):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = torch.zeros((), device=self.args.device)  # a short batch left this process no rows
+        loss = self.processes.total(loss) / self.method.num_members  # what is shown; the gradients are there already
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"the loss is {float(loss)} at optimiser step {step + 1}: lower train.learning_rate, or use train.dtype=float32"
             )
+        if self.accelerator.sync_gradients:
+            groups = self.create_optimizer().param_groups
+            self.processes.add_gradients([parameter for group in groups for parameter in group["params"]])
         return loss
 
     def compute_loss(
@@ -86,13 +116,31 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
 
         Of several members it is the sum over the members, none of which has a parameter of another.
         """
-        nll_M, count_M = target_nll(model, inputs, self.method.num_members)
+        members = self.method.num_members
+        # Flipout's signs belong to a row's place in the batch, so the rows stay where they are.
+        has_signs = any(member.row_signs is not None for site in self.method.sites for member in site.members)
+        parts = [inputs] if has_signs else by_length(inputs, members)
+        shares = [target_nll(model, part, members) for part in parts]
+        nll_M, count_M = (
+            torch.stack([nll for nll, _ in shares]).sum(0),
+            torch.stack([count for _, count in shares]).sum(0),
+        )
         total_M = count_M if num_items_in_batch is None else num_items_in_batch.to(nll_M.device)
         loss = (nll_M / total_M).sum()
         regulariser = self.method.regulariser()
         if regulariser is not None:
             loss = loss + (regulariser * (count_M / total_M)).sum()
         return (loss, {}) if return_outputs else loss
+
+    def check_equal(self) -> None:
+        """Compares parameters, optimiser and the method's state between the processes."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        state = {
+            "parameters": trained,
+            "optimizer": self.create_optimizer().state_dict(),
+            "method": self.method.state(),
+        }
+        self.processes.check_equal(tensors_in(state))
 
     def restore_finished(self, checkpoint: Path) -> bool:
         """Restores a run that had taken its last step when it stopped; False if there are steps left.
@@ -114,6 +162,11 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
         save_adapter(self.model, folder)
         save_method(self.method, folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The trainer's state, which makes a checkpoint complete, follows when every process has written its generators.
+        self.processes.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self.model, Path(resume_from_checkpoint))
@@ -146,6 +199,28 @@ def target_nll(model: nn.Module, inputs: dict[str, Tensor], num_members: int = 1
     return loss.view(num_members, -1).sum(1), (kept != IGNORED).view(num_members, -1).sum(1)
 
 
+def by_length(inputs: dict[str, Tensor], num_members: int) -> list[dict[str, Tensor]]:
+    """Splits a batch of M > 1 members into groups of rows of similar length, each padded to its own longest row.
+
+    A joint batch is as wide as the longest row of all members: of 5 members with 16 rows of 37 tokens on average, 6 times the tokens of
+    one member's batch, in 4 groups 4 times. Every group holds equally many rows of every member, one member after the other; a single
+    member's batch stays whole, so that it trains as it always did.
+    """
+    rows = inputs["labels"].shape[0] // num_members
+    groups = min(LENGTH_GROUPS, rows, num_members * rows // SMALLEST_GROUP) if num_members > 1 else 1
+    if groups < 2:
+        return [inputs]
+    lengths = inputs["attention_mask"].sum(1)
+    first = torch.arange(num_members, device=lengths.device)[:, None] * rows
+    order = lengths.view(num_members, rows).argsort(dim=1, stable=True) + first
+    parts = []
+    for chosen in order.tensor_split(groups, dim=1):
+        indices = chosen.reshape(-1)
+        width = int(lengths[indices].max())
+        parts.append({name: tensor[indices, :width] for name, tensor in inputs.items()})
+    return parts
+
+
 class JointRows(Dataset[tuple[Example, ...]]):
     """Rows by tuples of indices: one row for every member."""
 
@@ -162,6 +237,17 @@ class JointRows(Dataset[tuple[Example, ...]]):
 def collate_members(items: Sequence[tuple[Example, ...]], pad_token: int) -> dict[str, Tensor]:
     """Pads a batch of B items to B rows of the first member, then B of the second, and so on."""
     return collate([row for rows in zip(*items, strict=True) for row in rows], pad_token)
+
+
+def collate_share(
+    items: Sequence[tuple[Example, ...]], pad_token: int, processes: Processes, size: int
+) -> dict[str, Tensor]:
+    """Collates this process's ``size`` items of a batch of all processes; where none is left, one row without targets."""
+    own = processes.share(items, size)
+    batch = collate_members(own or items[:1], pad_token)
+    if not own:
+        batch["labels"].fill_(IGNORED)
+    return batch
 
 
 class RowOrder(Sampler[tuple[int, ...]]):

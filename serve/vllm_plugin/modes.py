@@ -14,6 +14,7 @@ What a mode yields are vLLM's ``RequestOutput``; what it found out about them wa
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from credence.adapters import (
     ChoiceScores,
     agreement,
     choice_scores,
+    lowest_score,
     settled_choice,
     settled_flag,
     settled_threshold,
@@ -229,6 +231,7 @@ class Run:
         """Whether the confidence of all samples lies on the same side of the threshold as that of the samples drawn so far.
 
         A subset's confidence is that of its average at temperature 1, times the factor that the calibration makes for the samples drawn.
+        A map of the confidence never falls, so there the averages are compared with the one that the map takes to the threshold.
         """
         options, support = self.plan.options, self.plan.adapter.support
         confidence, calibrated = sequence_confidence(self.plan, table)
@@ -239,12 +242,20 @@ class Run:
             with np.errstate(divide="ignore"):
                 return float(np.exp(np.log(probs_TK[:, samples].mean(1)).mean()))
 
-        factor = confidence / max(uncalibrated(slice(None)), float(np.finfo(np.float64).tiny))
         assert options.threshold is not None
+        threshold, factor = options.threshold, 1.0
+        fitted = self.plan.confidence_map(probs_TK.shape[1])
+        if fitted is None:
+            factor = confidence / max(uncalibrated(slice(None)), float(np.finfo(np.float64).tiny))
+        else:
+            score = lowest_score(fitted, threshold)
+            if score > 0 or score == -math.inf:
+                return True  # no text reaches the threshold, or every text does
+            threshold = math.exp(score)
         return settled_flag(
             lambda samples: factor * uncalibrated(samples),
             probs_TK.shape[1],
-            options.threshold,
+            threshold,
             projected_n=projected_n,
             **self._rule(),
         )

@@ -38,7 +38,7 @@ PREFIX = "base_model.model."
 ROW_SETTINGS = {"epsilon": 0.3, "dof": 3.0, "floor": 1e-3}
 WEIGHTS = ("adapter_model.safetensors", "posterior.safetensors")
 REQUIRED = ("adapter_config.json", "posterior.json", *WEIGHTS)
-EVERY_FILE = (*REQUIRED, "calibration.json", "metrics.json", "README.md")
+EVERY_FILE = (*REQUIRED, "calibration.json", "metrics.json", "README.md", "config.yaml")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
 
 
@@ -82,6 +82,7 @@ def parts(kind: str = "diag", seed: int = 0) -> dict[str, Any]:
         "calibration": Calibration(temperature={0: Fit(value=1.5, nll=0.5)}),
         "metrics": {"accuracy": 0.75},
         "card": "# A card\n",
+        "run_config": "# à la main\nlora: {r: 3}\n",
     }
 
 
@@ -160,14 +161,15 @@ def test_round_trip(tmp_path: Path, kind: str) -> None:
     assert artifact.calibration == given["calibration"]
     assert artifact.metrics == given["metrics"]
     assert (tmp_path / "a/README.md").read_text() == given["card"]
+    assert (tmp_path / "a/config.yaml").read_text() == artifact.run_config == given["run_config"]
     assert artifact.has_posterior == (kind != "point")
 
 
 def test_optional_files_may_be_absent(tmp_path: Path) -> None:
-    write(tmp_path / "a", calibration=None, metrics=None, card=None)
+    write(tmp_path / "a", calibration=None, metrics=None, card=None, run_config=None)
     artifact = load_artifact(tmp_path / "a")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([*REQUIRED, "manifest.json"])
-    assert artifact.calibration == Calibration() and artifact.metrics == {}
+    assert artifact.calibration == Calibration() and artifact.metrics == {} and artifact.run_config is None
 
 
 def test_one_sided_noise_round_trips(tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_an_existing_path_is_not_overwritten(folder: Path, tmp_path: Path) -> No
 
 def test_replace_swaps_the_whole_folder(folder: Path) -> None:
     (folder / "stray").write_text("x")
-    digest = write(folder, calibration=None, card=None, replace=True)
+    digest = write(folder, calibration=None, card=None, run_config=None, replace=True)
     assert load_artifact(folder).digest == digest
     assert sorted(path.name for path in folder.iterdir()) == sorted([*REQUIRED, "metrics.json", "manifest.json"])
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -329,6 +331,12 @@ def test_a_file_of_another_length_is_refused(folder: Path, name: str, change: Ca
 def test_a_missing_file_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
     refused(folder, "missing", f"{name} is missing; an artifact needs manifest.json and adapter_config.json")
+
+
+def test_a_config_that_is_no_text_is_refused(folder: Path) -> None:
+    (folder / "config.yaml").write_bytes(b"\xff")
+    sign(folder)
+    refused(folder, "malformed", "config.yaml is not UTF-8 text")
 
 
 @pytest.mark.parametrize("name", [*EVERY_FILE, "manifest.json"])

@@ -112,6 +112,7 @@ QUICK = [
     "lora.alpha=8",
     "release.ks=[2, 4]",
     "release.taus=[1, 10]",
+    "release.map_rows=0",
 ]
 METHOD_OPTIONS = {
     "map": ["train.learning_rate=0.01"],

@@ -7,6 +7,7 @@ import torch
 
 from credence.adapters import load_artifact
 from credence.adapters.kinds import EnsemblePosterior
+from credence.training import trainer
 from credence.training.errors import ConfigError
 from credence.training.loop import train
 from credence.training.methods import METHODS
@@ -32,8 +33,9 @@ def of_members(options: list[str]) -> list[str]:
 @pytest.mark.parametrize("member", list(ALONE))
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_members_are_the_adapters_trained_alone(
-    member: str, accumulation: int, base: Path, train_file: Path, tmp_path: Path
+    member: str, accumulation: int, base: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(trainer, "SMALLEST_GROUP", 3)  # one row of each member
     options = [*COMMON, f"train.gradient_accumulation={accumulation}", *ALONE[member]]
     joint = quick_config("map", *of_members(options), "method.members=3", f"method.member={member}")
     result = train(base, train_file, None, "ensemble", tmp_path / "joint", joint, 5)
@@ -67,6 +69,33 @@ def test_members_are_the_adapters_trained_alone(
     if ensemble.config.member is not None:
         assert ensemble.config.member.kind == artifact.config.kind
         assert ensemble.config.member.settings == artifact.config.settings
+
+
+def test_a_joint_batch_is_split_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = torch.tensor([9, 2, 5, 7, 3, 4, 8, 6, 1, 9])  # five rows of each of two members
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    batch = {"input_ids": torch.arange(90).view(10, 9), "attention_mask": mask, "labels": mask * 100}
+    monkeypatch.setattr(trainer, "SMALLEST_GROUP", 5)
+    short, long = trainer.by_length(batch, 2)
+    assert short["attention_mask"].sum(1).tolist() == [2, 3, 5, 1, 4, 6]
+    assert long["attention_mask"].sum(1).tolist() == [7, 9, 8, 9]
+    assert short["input_ids"][:, 0].tolist() == [9 * row for row in (1, 4, 2, 8, 5, 7)]
+    assert short["labels"].shape == (6, 6) and long["labels"].shape == (4, 9)
+    monkeypatch.setattr(trainer, "SMALLEST_GROUP", 6)
+    assert trainer.by_length(batch, 2) == [batch]
+    assert trainer.by_length(batch, 1) == [batch]
+
+
+def test_flipout_rows_stay_in_their_places(
+    base: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*COMMON, *ALONE["blob"], "method.flipout=true"]
+    found = []
+    for smallest in (3, 1000):
+        monkeypatch.setattr(trainer, "SMALLEST_GROUP", smallest)
+        joint = quick_config("map", *of_members(options), "method.members=3", "method.member=blob")
+        found.append(train(base, train_file, None, "ensemble", tmp_path / str(smallest), joint, 5).digest)
+    assert found[0] == found[1]
 
 
 def test_the_mean_adapter_is_the_mean_of_the_products(base: Path, train_file: Path, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Release: tau and T against closed forms and brute force, on a posterior whose predictive is known."""
 
+import ast
+import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +11,10 @@ import pytest
 import torch
 
 from credence.adapters.artifact import load_artifact
+from credence.adapters.config import BaseModelRef, Calibration, PosteriorConfig
 from credence.adapters.kinds import DiagPosterior, PointPosterior
 from credence.adapters.posterior import LoraFactors
+from credence.training.card import model_card
 from credence.training.config import LoraSettings, ReleaseSettings
 from credence.training.data import read_data
 from credence.training.errors import DataError, ModelError
@@ -18,7 +23,7 @@ from credence.training.loop import train
 from credence.training.modeling import add_lora, get_factors, load_base
 from credence.training.predict import Predictor, log_likelihood, score, temper
 from credence.training.prompts import Example
-from credence.training.release import TEMPERATURES, fit, held_out_rows, precision_check, release
+from credence.training.release import TEMPERATURES, fit, fit_and_check, held_out_rows, precision_check, release
 from tests.training.conftest import label_rows, quick_config
 
 Write = Callable[..., Path]
@@ -110,7 +115,7 @@ def test_free_text_is_scored_token_by_token(predictor: Predictor) -> None:
 
 def test_temperature_equals_brute_force(predictor: Predictor) -> None:
     mean, rows = get_factors(predictor.sites), examples()
-    _, calibration = fit(predictor, rows, mean, {n: PointPosterior() for n in mean}, ReleaseSettings(ks=(2,)))
+    calibration = fit(predictor, rows, mean, {n: PointPosterior() for n in mean}, ReleaseSettings(ks=(2,))).calibration
     log_probs = torch.cat([p.log_mean_PC for p in predictor.predict(rows, [mean], [1])])
     targets = torch.cat([p.target for p in predictor.predict(rows, [mean], [1])])
     best = min(
@@ -127,7 +132,8 @@ def test_tau_is_the_best_of_its_curve_and_refined(predictor: Predictor) -> None:
     mean, rows = get_factors(predictor.sites), examples()
     settings = ReleaseSettings(ks=(2, 4), taus=(0.1, 10.0, 1000.0))
     lines: list[str] = []
-    tau, calibration = fit(predictor, rows, mean, wide(mean, -3.0), settings, say=lines.append)
+    fitted = fit(predictor, rows, mean, wide(mean, -3.0), settings, say=lines.append)
+    tau, calibration = fitted.tau, fitted.calibration
     for k in (2, 4):
         values = [point.value for point in tau[k].curve]
         assert values[0] == 0 and {0.1, 10.0} <= set(values)
@@ -147,7 +153,7 @@ def test_useless_noise_is_turned_off(predictor: Predictor) -> None:
     answers = dict(zip(order.tolist(), best.tolist(), strict=True))
     right = [Example(r.prompt, r.target, r.candidates, answers[i], r.line) for i, r in enumerate(rows)]
     settings = ReleaseSettings(ks=(2,), taus=(1.0, 10.0, 100.0, 1000.0))
-    tau, _ = fit(predictor, right, mean, wide(mean, 1.0), settings)
+    tau = fit(predictor, right, mean, wide(mean, 1.0), settings).tau
     assert tau[2].value == 0
     assert [point.value for point in tau[2].curve] == pytest.approx([0, 1 / math.sqrt(10), 1, 10])
 
@@ -174,7 +180,94 @@ def test_release_of_an_artifact_equals_release_in_training(
     config = quick_config("ivon", "train.max_steps=2")
     trained = train(base, train_file, validation_file, "ivon", tmp_path / "other", config)
     assert load_artifact(trained.path).config.tau == after.config.tau
-    assert "K | tau | T" in (unreleased / "README.md").read_text()
+    assert "K | tau | NLL at T = 1 (nats/row) | T |" in (unreleased / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["ivon", "map", "ensemble"])
+def test_accuracy_and_ece_are_those_of_an_evaluation(
+    method: str, base: Path, train_file: Path, validation_file: Path, tmp_path: Path
+) -> None:
+    """The numbers of the release's own passes are those of a second pass at the fitted tau and temperature."""
+    trained = train(base, train_file, validation_file, method, tmp_path / "out", quick_config(method))
+    found = trained.metrics["release"]
+    ks = [int(k) for k in found["temperature"]]
+    results = evaluate(trained.path, base, validation_file, ks=ks)["results"]
+    for k, result in zip(ks, results[1::2], strict=True):
+        assert found["accuracy"][str(k)] == result["accuracy"], k
+        assert found["ece15"][str(k)] == pytest.approx(result["ece15"], abs=1e-9), k
+        assert found["nll"][str(k)] == pytest.approx(result["nll"], abs=1e-9), k
+    assert found["maps"] == {}  # labels have a temperature
+
+
+def test_the_card_says_what_was_measured_and_how_to_serve_it(
+    base: Path, train_file: Path, validation_file: Path, tmp_path: Path
+) -> None:
+    trained = train(base, train_file, validation_file, "ivon", tmp_path / "out", quick_config("ivon"))
+    card, found = (trained.path / "README.md").read_text(), trained.metrics["release"]
+    artifact = load_artifact(trained.path)
+    at_one = next(p.nll for p in artifact.calibration.temperature[4].curve if p.value == 1)
+    row = [
+        "4",
+        f"{found['tau']['4']:.3g}",
+        f"{at_one:.4f}",
+        f"{found['temperature']['4']:.3g}",
+        f"{found['nll']['4']:.4f}",
+        f"{found['accuracy']['4']:.3f}",
+        f"{found['ece15']['4']:.3f}",
+    ]
+    assert f"| {' | '.join(row)} |" in card
+    assert "the 12 held-out rows of `validation.jsonl`; the numbers are of these same rows" in card
+    for file in trained.path.iterdir():
+        if file.name not in ("README.md", "manifest.json"):
+            assert f"| `{file.name}` | {file.stat().st_size:,} |" in card
+    assert "Versions: credence" in card and "## Licence" in card and "4 optimiser steps" in card
+    assert "fitted for K = 2, 4. Any other K, such as one below 2, takes the fit of the nearest" in card
+    commands = [shlex.split(line) for line in card.splitlines() if line.startswith(("credence serve", "curl"))]
+    assert commands[0] == ["credence", "serve", "tiny", "--adapter", "tiny-ivon=."]
+    body = json.loads(commands[1][-1])
+    assert body["uncertainty"] == {"n_samples": 4} and body["model"] == "tiny-ivon" and body["max_tokens"] == 1
+    assert body["prompt"] == "Text: ...\nLabel:"
+    program = card.split("```python\n")[1].split("```")[0]
+    ast.parse(program)
+    assert json.dumps(body["prompt"]) in program
+
+
+def test_the_card_of_an_artifact_that_was_never_measured() -> None:
+    config = PosteriorConfig(
+        kind="diag",
+        method="ivon",
+        credence_version="0",
+        base_model=BaseModelRef(name="Some/It's Base"),
+        rank=4,
+        lora_alpha=8,
+        target_modules=("q_proj",),
+        training={"format": "messages"},
+    )
+    card = model_card(config, Calibration(), {})
+    assert "Not released" in card and "Nothing is calibrated" in card and "## Files" not in card
+    commands = [shlex.split(line) for line in card.splitlines() if line.startswith(("credence serve", "curl"))]
+    assert commands[0] == ["credence", "serve", "Some/It's Base", "--adapter", "it-s-base-ivon=."]
+    assert commands[1][1].endswith("/v1/chat/completions") and "messages" in json.loads(commands[1][-1])
+    assert "client.chat(" in card
+
+
+def test_the_card_warns_of_noise_that_bfloat16_does_not_hold(predictor: Predictor) -> None:
+    mean = get_factors(predictor.sites)
+    settings = ReleaseSettings(ks=(2,), taus=(1.0,))
+    for log_sd, warned in ((-14.0, True), (-1.0, False)):
+        result = fit_and_check(predictor, examples(), mean, wide(mean, log_sd), settings, scaling=2.0, tokenizer=None)
+        config = PosteriorConfig(
+            kind="diag",
+            method="ivon",
+            credence_version="0",
+            base_model=BaseModelRef(name="b"),
+            rank=4,
+            lora_alpha=8,
+            target_modules=("q_proj",),
+        )
+        card = model_card(config, result.calibration, {"release": result.metrics()})
+        assert ("Serve with `--dtype float32`" in card) is warned
+        assert ("no factor's noise is below one ulp" in card) is not warned
 
 
 def test_a_failed_release_leaves_the_artifact(base: Path, write: Write, unreleased: Path, tmp_path: Path) -> None:

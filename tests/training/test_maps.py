@@ -1,0 +1,251 @@
+"""Maps of the confidence: greedy texts against a slow reference, fits against independent optima, and what serves them."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from credence.adapters import IsotonicMap, PlattMap, load_artifact, probability_correct
+from credence.adapters.posterior import LoraFactors
+from credence.training.config import LoraSettings
+from credence.training.errors import MetricError
+from credence.training.generate import generate_greedily, stop_tokens
+from credence.training.loop import train
+from credence.training.maps import Answers, fit_map, normalise_text, platt
+from credence.training.modeling import add_lora, get_factors, load_base, load_tokenizer, set_factors
+from credence.training.predict import Predictor, score
+from credence.training.prompts import Example
+from credence.training.release import release
+from tests.training.conftest import quick_config
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def predictor(base: Path) -> Predictor:
+    torch.manual_seed(2)
+    model, sites = add_lora(load_base(base, "float32"), LoraSettings(r=4, alpha=8))
+    for site in sites:
+        torch.nn.init.normal_(site.mean.B, std=0.3)
+    return Predictor(model, sites, pad_token=0, batch_size=2)
+
+
+def draws_of(predictor: Predictor) -> list[dict[str, LoraFactors]]:
+    mean = get_factors(predictor.sites)
+    return [{n: LoraFactors(A=f.A + 0.3 * i, B=f.B) for n, f in mean.items()} for i in range(3)]
+
+
+PROMPTS = [(5, 6, 7), (9,), (30, 31, 32, 33, 34), (100, 101)]
+
+
+def slow_greedy(
+    predictor: Predictor, prompt: tuple[int, ...], draws: list[dict[str, LoraFactors]], steps: int, temperature: float
+) -> tuple[list[int], list[float], list[float]]:
+    """One row, one draw, one forward pass at a time, float64 after the logits."""
+    ids, at_one, tempered = list(prompt), [], []
+    for _ in range(steps):
+        members = []
+        for factors in draws:
+            set_factors(predictor.sites, factors)
+            with torch.no_grad():
+                members.append(torch.softmax(predictor.model(input_ids=torch.tensor([ids])).logits[0, -1].double(), -1))
+        average = torch.stack(members).mean(0)
+        token = int(average.argmax())
+        powered = average ** (1 / temperature)
+        ids.append(token)
+        at_one.append(math.log(float(average[token])))
+        tempered.append(math.log(float(powered[token] / powered.sum())))
+    return ids[len(prompt) :], at_one, tempered
+
+
+def test_greedy_texts_equal_a_slow_reference(predictor: Predictor) -> None:
+    """Rows of different lengths, batches of two, a stop token that some rows meet, and the context's end."""
+    draws, steps = draws_of(predictor), 6
+    expected = [slow_greedy(predictor, prompt, draws, steps, 1.7) for prompt in PROMPTS]
+    stop = expected[0][0][2]
+    texts = generate_greedily(
+        predictor, PROMPTS, draws, stop={stop}, max_new_tokens=steps, max_length=9, temperature=1.7
+    )
+    ends = set()
+    for prompt, text, (tokens, at_one, tempered) in zip(PROMPTS, texts, expected, strict=True):
+        length = min(steps, 9 - len(prompt), tokens.index(stop) + 1 if stop in tokens else steps)
+        assert list(text.tokens) == tokens[:length]
+        assert text.stopped == (tokens[length - 1] == stop)
+        assert text.score == pytest.approx(sum(at_one[:length]) / length, abs=1e-5)
+        assert text.tempered_score == pytest.approx(sum(tempered[:length]) / length, abs=1e-5)
+        ends.add((text.stopped, length))
+    assert {stopped for stopped, _ in ends} == {True, False} and any(length == 4 for _, length in ends)
+
+
+def test_greedy_text_is_the_reference_exactly_where_teacher_forcing_agrees_everywhere(predictor: Predictor) -> None:
+    draws = draws_of(predictor)
+    own = generate_greedily(predictor, PROMPTS, draws, stop=(), max_new_tokens=3, max_length=128)
+    rows = [Example(prompt, text.tokens, (), None, 0) for prompt, text in zip(PROMPTS, own, strict=True)]
+    for position in range(3):  # one token of the reference is another one
+        changed = list(own[0].tokens)
+        changed[position] = (changed[position] + 1) % 258
+        rows.append(Example(PROMPTS[0], tuple(changed), (), None, 0))
+    agrees = [True] * len(rows)
+    for prediction in predictor.predict(rows, draws, [3]):
+        scores = score(prediction)
+        for row, right in zip(scores.row.tolist(), scores.correct.tolist(), strict=True):
+            agrees[row] &= right
+    assert agrees == [True] * 4 + [False] * 3
+    greedy = generate_greedily(predictor, [r.prompt for r in rows], draws, stop=(), max_new_tokens=3, max_length=128)
+    assert [text.tokens == row.target for text, row in zip(greedy, rows, strict=True)] == agrees
+
+
+def test_an_answer_counts_if_it_ends_and_has_the_references_words(predictor: Predictor, base: Path) -> None:
+    """Case and whitespace do not count; an answer that a limit cut is wrong."""
+    tokenizer, draws = load_tokenizer(base), draws_of(predictor)[:1]
+    prompts = [(index + 3,) for index in range(12)]
+    own = generate_greedily(predictor, prompts, draws, stop=(), max_new_tokens=3, max_length=128)
+    stop = {text.tokens[-1] for text in own[:6]}
+    own = generate_greedily(predictor, prompts, draws, stop=stop, max_new_tokens=3, max_length=128)
+    examples = [Example(prompt, text.tokens, (), None, 0) for prompt, text in zip(prompts, own, strict=True)]
+    examples[0] = Example(examples[0].prompt, (70, 71), (), None, 0)
+    answers = Answers(tokenizer=tokenizer, examples=examples, stop=stop, max_new_tokens=3, max_length=128)
+    result = answers.fit_map(predictor, draws, 1.0)
+    assert result.rows == 12 and result.correct == sum(text.stopped for text in own[1:]) >= 5
+    no_end = Answers(tokenizer=tokenizer, examples=examples, stop=(), max_new_tokens=3, max_length=128)
+    assert no_end.fit_map(predictor, draws, 1.0).metrics()["reason"].endswith("so an answer has no end")
+    assert normalise_text(" A \n b\tC") == normalise_text("a B c ") == "a b c" != normalise_text("ab c")
+
+
+def test_texts_end_where_vllm_ends_them(predictor: Predictor, base: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    assert stop_tokens(predictor.model, tokenizer) == {1}
+    predictor.model.generation_config.eos_token_id = [1, 7]
+    assert stop_tokens(predictor.model, tokenizer) == {1, 7}
+
+
+def rows_of(count: int, *, slope: float = 3.0, intercept: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(3)
+    scores = -2 * generator.random(count)
+    return scores, generator.random(count) < 1 / (1 + np.exp(-(slope * scores + intercept)))
+
+
+def test_platt_equals_a_grid_of_its_own_objective() -> None:
+    scores, correct = rows_of(60)
+    positive = int(correct.sum())
+    target = np.where(correct, (positive + 1) / (positive + 2), 1 / (len(correct) - positive + 2))
+
+    def objective(slope: float, intercept: float) -> float:
+        margin = slope * scores + intercept
+        return float((np.logaddexp(0, -margin) * target + np.logaddexp(0, margin) * (1 - target)).sum())
+
+    slope, intercept = platt(scores, correct)
+    best = objective(slope, intercept)
+    for step in (1e-3, 1e-1):
+        for by, at in ((step, 0), (-step, 0), (0, step), (0, -step), (step, step), (-step, step)):
+            assert objective(slope + by, intercept + at) > best
+    margin = slope * scores + intercept
+    residual = target - 1 / (1 + np.exp(-margin))
+    assert abs(residual.sum()) < 1e-5 and abs((residual * scores).sum()) < 1e-5  # the gradient is zero
+
+
+def test_platt_stays_finite_when_separable_and_never_falls() -> None:
+    scores = np.linspace(-2, 0, 20)
+    slope, intercept = platt(scores, scores > -1)
+    assert 0 < slope < 100 and math.isfinite(intercept)
+    slope, intercept = platt(scores, scores < -1)  # the likelier, the less often correct
+    assert slope == 0 and 1 / (1 + math.exp(-intercept)) == pytest.approx(0.5)
+    assert platt(np.full(20, -0.5), np.arange(20) < 5)[0] == 0
+
+
+@pytest.mark.parametrize(("count", "kind"), [(99, PlattMap), (100, IsotonicMap)])
+def test_the_number_of_rows_chooses_the_kind(count: int, kind: type) -> None:
+    scores, correct = rows_of(count)
+    assert isinstance(fit_map(scores, correct, np.full(count, 0.999)).fitted, kind)
+    few = np.arange(count) % 10 == 0  # 10 correct rows
+    assert isinstance(fit_map(np.where(few, -0.1, scores), few, np.full(count, 0.999)).fitted, PlattMap)
+
+
+def test_isotonic_equals_pooled_averages() -> None:
+    """The max-min formula of isotonic regression, clipped to 1 / (n + 2) from 0 and 1."""
+    scores, correct = rows_of(160, slope=6.0, intercept=5.0)
+    fitted = fit_map(scores, correct, np.exp(scores)).fitted
+    assert isinstance(fitted, IsotonicMap)
+    ordered = correct[np.argsort(scores)].astype(float)
+    n = len(ordered)
+    means = [[ordered[i : j + 1].mean() if j >= i else np.inf for j in range(n)] for i in range(n)]
+    for position, value in enumerate(np.sort(scores)):
+        expected = max(min(means[i][j] for j in range(position, n)) for i in range(position + 1))
+        expected = min(max(expected, 1 / (n + 2)), 1 - 1 / (n + 2))
+        assert probability_correct(fitted, float(value)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_scores_are_of_rows_that_the_map_was_not_fitted_on() -> None:
+    """Against five folds written out; and a map fitted on noise is not used."""
+    scores, correct = rows_of(60)
+    fitted = fit_map(scores, correct, np.full(60, 0.9)).fitted
+    assert fitted is not None and (fitted.rows, fitted.correct) == (60, int(correct.sum()))
+    total_nll, total_brier = 0.0, 0.0
+    for fold in range(5):
+        held = np.zeros(60, dtype=bool)
+        for value in (True, False):
+            held[np.flatnonzero(correct == value)[fold::5]] = True
+        slope, intercept = platt(scores[~held], correct[~held])
+        p = 1 / (1 + np.exp(-(slope * scores[held] + intercept)))
+        total_nll -= np.log(np.where(correct[held], p, 1 - p)).sum()
+        total_brier += ((p - correct[held]) ** 2).sum()
+    assert fitted.nll.after == pytest.approx(total_nll / 60)
+    assert fitted.brier.after == pytest.approx(total_brier / 60)
+    assert fitted.nll.before == pytest.approx(-np.log(np.where(correct, 0.9, 0.1)).mean())
+    assert fitted.brier.before == pytest.approx(((0.9 - correct) ** 2).mean())
+    true_probabilities = 1 / (1 + np.exp(-(3 * scores + 3)))
+    noise = fit_map(-np.random.default_rng(0).random(60), correct, true_probabilities)
+    assert noise.fitted is None and "its NLL on rows it was not fitted on" in noise.reason
+
+
+def test_too_few_of_a_class_fit_no_map() -> None:
+    scores = np.linspace(-2, 0, 200)
+    for right in (4, 196):
+        result = fit_map(scores, scores > scores[-right - 1] if right < 200 else scores > -9, np.full(200, 0.5))
+        assert result.fitted is None and "5 right and 5 wrong answers are needed" in result.line()
+    assert fit_map(scores, scores > scores[-6], np.full(200, 0.5)).fitted is not None
+    with pytest.raises(MetricError, match="not finite"):
+        fit_map([math.nan, 0.0], [True, False], [0.5, 0.5])
+    with pytest.raises(MetricError, match="one length"):
+        fit_map([0.0], [True, False], [0.5, 0.5])
+
+
+def test_a_certain_wrong_answer_costs_a_finite_likelihood() -> None:
+    scores, correct = rows_of(60)
+    fitted = fit_map(scores, correct, np.ones(60)).fitted
+    assert fitted is not None and 5 < fitted.nll.before < 16
+
+
+def test_release_fits_maps_of_free_text(base: Path, write: Write, tmp_path: Path) -> None:
+    """A completion that is learnt for half of the prompts and random for the others: the map tells them apart."""
+    words = ["re", "sk", "ol", "long"]
+    known = [{"prompt": "a", "completion": " x"}] * 10
+    unknown = [{"prompt": f"b{i}", "completion": " " + words[i % 4]} for i in range(10)]
+    data = write("d.jsonl", [row for pair in zip(known, unknown, strict=True) for row in pair])
+    overrides = [
+        "train.max_steps=30",
+        "train.batch_size=8",
+        "lora.target_modules=all-linear",
+        "train.learning_rate=0.03",
+    ]
+    config = quick_config("map", *overrides, "release.ks=[2]", "release.map_rows=20", "release.max_new_tokens=5")
+    trained = train(base, data, data, "map", tmp_path / "out", config)
+    artifact = load_artifact(trained.path)
+    record = trained.metrics["release"]["maps"]
+    assert set(record) == {"0", "2"} and record["0"]["rows"] == 18  # " long</s>" has 6 tokens
+    card = (trained.path / "README.md").read_text()
+    assert f"Mean: {record['0']['correct']} of 18 greedy answers were the reference" in card
+    assert 5 <= record["0"]["correct"] <= 13 and record["0"]["kind"] == "platt"
+    fitted = artifact.calibration.fitted_map(0)
+    assert fitted is not None and fitted == artifact.calibration.fitted_map(2)  # the map of a point is the mean's
+    assert probability_correct(fitted, 0.0) > 0.5 > probability_correct(fitted, -2.0)
+    again = release(trained.path, base, data, config.release, say=lambda _: None)
+    assert load_artifact(again.path or "").calibration == artifact.calibration
+    without = config.release.model_copy(update={"map_rows": 0})
+    plain = release(trained.path, base, data, without, say=lambda _: None)
+    assert plain.maps == {} and "maps" not in json.loads((trained.path / "calibration.json").read_text())
+    assert plain.calibration.temperature == again.calibration.temperature and plain.tau == again.tau
