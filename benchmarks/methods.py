@@ -63,7 +63,7 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
     "checkpoints": ("ensemble", ["method.source=checkpoints", "method.members=10"]),
     "ivon": ("ivon", ["train.learning_rate=3", *IVON]),
     "monteclora": ("monteclora", ["method.epsilon=5e-3"]),
-    "melora": ("melora", []),
+    "melora": ("melora", ["method.initial_sd=0.08"]),
     "blob": ("blob", []),
     "ensemble": ("ensemble", ["method.members=5"]),
 }
@@ -80,7 +80,7 @@ CANDIDATES: dict[str, list[list[str]]] = {
 COMPARATORS = {
     "lora+": Comparator(adapter="lora+", learning_rate=3e-3, ratio=4),
     "dora": Comparator(adapter="dora"),
-    "adalora": Comparator(adapter="adalora"),
+    "adalora": Comparator(adapter="adalora", learning_rate=3e-2),
 }
 COMPARATOR_CANDIDATES = {
     "lora+": [
