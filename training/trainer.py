@@ -153,9 +153,7 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
         optimizer = self.create_optimizer()
-        optimizer.load_state_dict(
-            torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
-        )
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
         return True
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
