@@ -49,7 +49,7 @@ COMMON = [
     "train.save_steps=0",
 ]
 TASKS = ("clinc_domains", "clinc_travel_intents")
-TAUS = {"laplace": (0.01, 0.1, 1.0, 10.0), "tfb": (0.1, 1.0, 10.0), "ivon": (10.0, 100.0, 1000.0)}
+TAUS = {"laplace": (0.01, 0.1, 1.0, 10.0), "tfb": (10.0, 100.0, 1000.0, 10000.0), "ivon": (10.0, 100.0, 1000.0)}
 """Grids of tau of methods whose noise is of another size than that of the others, ``USUAL_TAUS``."""
 USUAL_TAUS = (1.0, 10.0, 100.0)
 IVON = ["train.weight_decay=1e-6", "method.ess=1e8", "method.hess_init=1e-3", "method.clip_radius=1e-3"]
@@ -69,7 +69,13 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
 }
 CANDIDATES: dict[str, list[list[str]]] = {
     "mcdropout": [[f"lora.dropout={rate}"] for rate in (0.05, 0.1, 0.2, 0.02)],
-    "swag": [["method.start=0.5"], ["method.start=0.75"]],
+    "swag": [
+        ["method.start=0.5"],
+        ["method.start=0.75"],
+        ["train.learning_rate=3e-3"],
+        ["train.lr_scheduler=linear", "method.start=0.5"],
+        ["train.lr_scheduler=linear", "method.start=0.75"],
+    ],
     "laplace": [["method.structure=kron"], ["method.structure=diag"]],
     "ivon": [[f"train.learning_rate={rate}", *IVON] for rate in (1, 3)],
     "monteclora": [[f"method.epsilon={size}"] for size in (2e-3, 5e-3, 2e-2)],

@@ -28,6 +28,9 @@ STEPS, BATCH, RATE, WARMUP, MAX_GRAD_NORM = 400, 16, 1e-2, 20, 1.0
 TEMPLATE = "Text: {text}\nLabel:"
 TARGETS = ["q_proj", "v_proj"]
 
+ZERO_ROW = 1e-6
+"""Entries of a row of the base model that was zero, for DoRA."""
+
 Loss = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -166,7 +169,10 @@ def train_comparator(base: Path, rows: Rows, comparator: Comparator, seed: int, 
     lora = LoraConfig(
         r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM", use_dora=comparator.adapter == "dora"
     )
-    model = get_peft_model(load_base(base, "float32"), lora)
+    plain = load_base(base, "float32")
+    if comparator.adapter == "dora":
+        lift_zero_rows(plain)
+    model = get_peft_model(plain, lora)
     start_as_ours(model, seed)
     if comparator.adapter == "lora+":
         optimizer = create_loraplus_optimizer(
@@ -176,6 +182,17 @@ def train_comparator(base: Path, rows: Rows, comparator: Comparator, seed: int, 
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     train_peft(model, examples, rows.pad_token, seed, optimizer=optimizer, steps=steps)
     return model
+
+
+def lift_zero_rows(model: Any) -> None:
+    """Makes rows of zeros in the adapted weights 1e-6: DoRA divides by the norm of each row.
+
+    stories260K has such rows, the outputs of attention heads that only fill its shape up, and PEFT's first step makes everything NaN.
+    """
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in TARGETS:
+                module.weight[(module.weight == 0).all(1)] = ZERO_ROW
 
 
 def fit_temperature(model: Any, rows: Rows, batch_size: int) -> tuple[float, float]:

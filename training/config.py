@@ -114,7 +114,8 @@ class ReleaseSettings(Section):
 
     Attributes:
         ks: numbers of samples K to fit for; K = 0 (the mean) is always fitted.
-        taus: coarse grid of tau; 0 is always in it. Each K's best value is refined by half a step of the grid.
+        taus: coarse grid of tau; 0 is always in it. It is continued in steps of ten while the best value lies at an end, and each K's
+            best value is refined by half a step.
         max_rows: held-out rows used, drawn evenly from the validation file.
         map_rows: of these, rows of free text that are answered to fit the map of the confidence (K = 0 and the largest K); 0 fits none.
         max_new_tokens: longest such answer; rows with a longer reference are left out.

@@ -1,8 +1,9 @@
 """Release: fits tau, then the temperature, on held-out data for every number of samples K, and checks the noise's size.
 
 tau scales the posterior's variance; it is chosen by the held-out negative log-likelihood of the K-sample average at temperature 1,
-over a coarse log grid that includes 0, refined by half a grid step beside each K's best. T is a temperature on the averaged
-probabilities, chosen after tau. The samples of K are the indices 0, ..., K-1 of seed 0, so one pass over the largest K serves all.
+over a coarse log grid that includes 0, continued while the best value lies at an end and refined by half a grid step beside each K's
+best. T is a temperature on the averaged probabilities, chosen after tau. The samples of K are the indices 0, ..., K-1 of seed 0, so one
+pass over the largest K serves all.
 """
 
 import logging
@@ -42,6 +43,12 @@ TEMPERATURES: tuple[float, ...] = tuple(float(2 ** (i / 12)) for i in range(-24,
 
 MEMBERS_ALONE = 1e-12
 """Of an ensemble tau = 0 is the one mean adapter; at this tau its samples are the members' means."""
+
+CLEAR = 0.01
+"""A difference of held-out NLL, nats, that says something about tau; below it values are as good as equal."""
+
+MAX_EXTENSIONS = 4
+"""Most steps of ten that the grid of tau grows by when its best value lies at an end."""
 
 Say = Callable[[str], None]
 _T = TypeVar("_T")
@@ -245,18 +252,34 @@ def _fit_tau_and_temperature(
 
     if any(isinstance(posterior, EnsemblePosterior) for posterior in search.posteriors.values()):
         measure(MEMBERS_ALONE)
+    grid: list[float] = []
     worse = 0
     for tau in settings.taus:
         measure(tau)
-        # Noise only destroys from here on: stop after two values that no K gains from.
-        worse = worse + 1 if all(search.nll[tau, k] > search.tau_fit(k).nll for k in ks) else 0
+        grid.append(tau)
+        # Noise only destroys from here on: stop after two values that every K clearly loses by.
+        worse = worse + 1 if all(search.nll[tau, k] > search.tau_fit(k).nll + CLEAR for k in ks) else 0
         if worse == 2:
             break
+    for _ in range(MAX_EXTENSIONS):
+        added = _beyond(grid, search)
+        for tau in added:
+            measure(tau)
+        if not added:
+            break
+        grid = sorted([*grid, *added])
     for k in ks:
-        for tau in _beside(settings.taus, search.tau_fit(k).value):
+        for tau in _beside(grid, search.tau_fit(k).value):
             measure(tau)
     tau_fits = {k: search.tau_fit(k) for k in ks}
     for k in ks:
+        if tau_fits[k].value == max(tau for tau, _ in search.nll):
+            logger.warning(
+                "K = %d: the best tau is the largest that was tried, %g; larger noise may be better still: give release.taus larger "
+                "values",
+                k,
+                tau_fits[k].value,
+            )
         temperature[k] = search.temperature_fit(tau_fits[k].value, k)
         say(f"K = {k}: tau {tau_fits[k].value:g}, T {temperature[k].value:.2f}, held-out NLL {temperature[k].nll:.4f}")
     return tau_fits, temperature
@@ -422,6 +445,22 @@ def nll_by_temperature(
             kept.setdefault(prediction.k, []).append(prediction)
         sums[prediction.k] += torch.stack([-log_likelihood(prediction, t).sum() for t in temperatures])
     return {k: (sums[k] / counts[k]).tolist() for k in ks}
+
+
+def _beyond(grid: Sequence[float], search: _Search) -> list[float]:
+    """A step out of each end of the grid that the best value may lie beyond, lowest first.
+
+    That is the low end if some K's best value is there (or 0) and its noise makes a clear difference, and the high end if some K's best
+    value is there or no K feels the noise yet.
+    """
+    best = [search.tau_fit(k).value for k in search.ks]
+    without = MEMBERS_ALONE if (MEMBERS_ALONE, search.ks[0]) in search.nll else 0.0
+    low, high = (
+        [abs(search.nll[tau, k] - search.nll[without, k]) > CLEAR for k in search.ks] for tau in (grid[0], grid[-1])
+    )
+    below = [grid[0] / 10] if any(felt and tau <= grid[0] for felt, tau in zip(low, best, strict=True)) else []
+    above = [grid[-1] * 10] if grid[-1] in best or not any(high) else []
+    return [*below, *above]
 
 
 def _beside(taus: Sequence[float], best: float) -> list[float]:

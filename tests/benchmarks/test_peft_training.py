@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from credence.adapters import load_artifact
+from credence.benchmarks import peft_training
 from credence.benchmarks.peft_training import (
     BATCH,
     Comparator,
@@ -17,6 +19,7 @@ from credence.benchmarks.peft_training import (
 )
 from credence.training.config import load_config
 from credence.training.loop import train
+from credence.training.modeling import load_base
 from credence.training.predict import Predictor
 from credence.training.release import TEMPERATURES, nll_by_temperature
 from tests.training.conftest import make_base
@@ -44,6 +47,27 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[part] = folder / f"{part}.jsonl"
         found[part].write_text("".join(json.dumps(row) + "\n" for row in rows))
     return found
+
+
+def test_dora_trains_on_a_base_with_rows_of_zeros(
+    base: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT divides by the norm of every row of the weight; without care everything becomes NaN at the first step."""
+
+    def padded(*arguments: Any) -> Any:
+        model = load_base(*arguments)
+        for layer in model.model.layers:
+            with torch.no_grad():
+                layer.self_attn.q_proj.weight[-4:] = 0
+        return model
+
+    monkeypatch.setattr(peft_training, "load_base", padded)
+    rows = Rows.read(base, files)
+    model = train_comparator(base, rows, Comparator(adapter="dora"), 0, steps=3)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    monkeypatch.setattr(peft_training, "lift_zero_rows", lambda model: None)
+    model = train_comparator(base, rows, Comparator(adapter="dora"), 0, steps=3)
+    assert not all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def test_lora_plus_with_equal_rates_is_map(base: Path, files: dict[str, Path], tmp_path: Path) -> None:
