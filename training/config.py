@@ -53,6 +53,7 @@ class TrainSettings(Section):
         batch_size: rows per forward pass and device; times ``gradient_accumulation`` per optimiser step.
         learning_rate, weight_decay, max_grad_norm, lr_scheduler: None takes the method's default.
         dtype: of the base model; the adapter is always float32.
+        quantization: quantises the base model's linear layers while it is loaded (bitsandbytes).
         max_length: longest row in tokens; None takes the model's context length. Longer rows are errors, never cut.
         save_steps: optimiser steps between checkpoints, 0 for none.
         eval_steps: optimiser steps between evaluations on the validation rows, 0 for none.
@@ -74,6 +75,7 @@ class TrainSettings(Section):
     weight_decay: float | None = Field(default=None, ge=0)
     max_grad_norm: float | None = Field(default=None, ge=0)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantization: Literal["8bit", "4bit"] | None = None
     max_length: int | None = Field(default=None, ge=2)
     gradient_checkpointing: bool = False
     save_steps: int = Field(default=100, ge=0)

@@ -145,7 +145,7 @@ def _train(
     start = read_start(config.lora.init) if config.lora.init is not None else None
     tokenizer = load_tokenizer(base)
     set_seed(seed)
-    model = load_base(base, config.train.dtype)
+    model = load_base(base, config.train.dtype, config.train.quantization)
     reference = base_reference(base, model)
     if start is not None:
         config = config.model_copy(update={"lora": start.settings(config.lora, model)})

@@ -1,5 +1,6 @@
 """The base model with its LoRA: loading, the modules that carry an adapter, and logits at chosen positions."""
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as hf_logging
 
 from credence.adapters.config import BaseModelRef
@@ -19,9 +21,11 @@ from credence.adapters.peft_folder import PEFT_PREFIX
 from credence.adapters.posterior import LoraFactors, Noise, Posterior
 from credence.adapters.sampling import NoiseSource
 from credence.training.config import LoraSettings
-from credence.training.errors import ModelError
+from credence.training.errors import ConfigError, ModelError
 
 ADAPTER = "default"
+QUANTISED_LAYERS = ("Linear8bitLt", "Linear4bit")
+"""PEFT's LoRA layers over bitsandbytes, which is not always installed."""
 
 
 def load_tokenizer(base: str | Path) -> Any:
@@ -32,12 +36,30 @@ def load_tokenizer(base: str | Path) -> Any:
         raise ModelError(f"the tokenizer of {base} cannot be loaded: {_first_line(error)}") from None
 
 
-def load_base(base: str | Path, dtype: str) -> Any:
-    """Loads a causal language model in ``dtype`` (float32 or bfloat16); never runs code from the model's folder."""
+def load_base(base: str | Path, dtype: str, quantization: str | None = None) -> Any:
+    """Loads a causal language model in ``dtype`` (float32 or bfloat16); never runs code from the model's folder.
+
+    Args:
+        quantization: ``8bit`` (Dettmers et al., NeurIPS 2022) or ``4bit`` (NF4 with double quantisation; Dettmers et al., NeurIPS 2023)
+            quantises the linear layers while loading, with bitsandbytes; the model is then already on its device. Products are computed
+            in ``dtype`` (4 bit) or float16 (8 bit).
+
+    Raises:
+        ModelError: the model cannot be loaded, or is a quantised checkpoint.
+        ConfigError: ``quantization`` is given and bitsandbytes is not installed.
+    """
+    arguments = {} if quantization is None else _quantised(quantization, dtype)
     shows_bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype), trust_remote_code=False)
+        if getattr(AutoConfig.from_pretrained(str(base), trust_remote_code=False), "quantization_config", None):
+            raise ModelError(
+                f"{base} is a quantised checkpoint; give the float32 or bfloat16 model it was made of (train.quantization quantises it "
+                "while loading)"
+            )
+        return AutoModelForCausalLM.from_pretrained(
+            str(base), dtype=getattr(torch, dtype), trust_remote_code=False, **arguments
+        )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the base model {base} cannot be loaded as a causal language model: {_first_line(error)}"
@@ -45,9 +67,26 @@ def load_base(base: str | Path, dtype: str) -> Any:
     finally:
         if shows_bar:
             hf_logging.enable_progress_bar()
-    if getattr(model, "is_quantized", False):
-        raise ModelError(f"{base} is a quantised checkpoint; adapters are trained on float32 or bfloat16 base models")
-    return model
+
+
+def _quantised(quantization: str, dtype: str) -> dict[str, Any]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"train.quantization is {quantization} and bitsandbytes is not installed; install it (pip install bitsandbytes), or leave "
+            "train.quantization out: train.dtype=bfloat16 halves the base model's memory",
+            key="train.quantization",
+        )
+    if quantization == "8bit":
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def base_reference(base: str | Path, model: Any) -> BaseModelRef:
@@ -217,7 +256,8 @@ def lora_sites(peft_model: Any) -> list[LoraSite]:
     for name, layer in list(peft_model.named_modules()):
         if not hasattr(layer, "lora_A"):
             continue
-        if not isinstance(layer, LoraLinear) or layer.lora_variant:
+        quantised = isinstance(layer, LoraLayer) and type(layer).__name__ in QUANTISED_LAYERS
+        if not (isinstance(layer, LoraLinear) or quantised) or layer.lora_variant:
             raise ModelError(f"{name} is a {type(layer).__name__}; adapters of plain linear layers are supported")
         site = LoraSite(name.removeprefix(PEFT_PREFIX), layer)
         for factor, container in (("A", layer.lora_A), ("B", layer.lora_B)):

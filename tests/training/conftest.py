@@ -29,13 +29,15 @@ def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     )
 
 
-def make_base(folder: Path, chat_template: str | None = None) -> Path:
+def make_base(
+    folder: Path, chat_template: str | None = None, *, hidden_size: int = 32, intermediate_size: int = 48
+) -> Path:
     """Writes a random two-layer Llama (4,000 parameters a layer) and its tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
