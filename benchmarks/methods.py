@@ -70,11 +70,11 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
 CANDIDATES: dict[str, list[list[str]]] = {
     "mcdropout": [[f"lora.dropout={rate}"] for rate in (0.05, 0.1, 0.2, 0.02)],
     "swag": [
+        ["method.start=0.5", "train.lr_scheduler=constant_with_warmup"],
+        ["method.start=0.75", "train.lr_scheduler=constant_with_warmup"],
+        ["train.learning_rate=3e-3", "train.lr_scheduler=constant_with_warmup"],
         ["method.start=0.5"],
         ["method.start=0.75"],
-        ["train.learning_rate=3e-3"],
-        ["train.lr_scheduler=linear", "method.start=0.5"],
-        ["train.lr_scheduler=linear", "method.start=0.75"],
     ],
     "laplace": [["method.structure=kron"], ["method.structure=diag"]],
     "ivon": [[f"train.learning_rate={rate}", *IVON] for rate in (1, 3)],
@@ -359,7 +359,7 @@ def page(found: dict[str, dict[str, list[dict[str, Any]]]], command: str, choice
         f"{platform.machine()} CPU.",
         "",
         f"Rows: {ROWS['train']} training, {ROWS['validation']} validation (tau, T), at most {ROWS['test']} test, {ROWS['ood']} out of "
-        "scope. LoRA r = 8, alpha = 16 on q_proj and v_proj, 400 steps of batch 16, linear decay (swa, swag: constant), 20 warm-up steps. "
+        "scope. LoRA r = 8, alpha = 16 on q_proj and v_proj, 400 steps of batch 16, linear decay, 20 warm-up steps. "
         "An ensemble answers with all its members. Training time is processor time, without release. "
         "In differences negative is better for NLL, ECE and Brier, positive for the others.",
         "",

@@ -1,7 +1,7 @@
 """SWA and SWAG: the average of late iterates, and a Gaussian with their moments (Izmailov et al., UAI 2018; Maddox et al., NeurIPS 2019).
 
-AdamW trains as for ``map``, at a learning rate that stays constant so that the iterates keep moving. From a given step on every
-``interval``-th iterate theta_i of A and B is collected, i = 1, ..., n (Algorithm 1 of Maddox et al.):
+AdamW trains as for ``map``. From a given step on every ``interval``-th iterate theta_i of A and B is collected, i = 1, ..., n
+(Algorithm 1 of Maddox et al.):
 
     m_i = m_{i-1} + (theta_i - m_{i-1}) / i,    q_i = q_{i-1} + (theta_i^2 - q_{i-1}) / i,    D_i = theta_i - m_i
 
@@ -9,8 +9,9 @@ The mean is m_n; SWAG's variance is half q_n - m_n^2, entry by entry, and half t
 (kind ``lowrank``, credence.adapters.kinds.lowrank). D_i is the deviation from the running mean, so D_1 = 0.
 
 A and B are averaged separately: the product of the averages is what is stored, and it is not the average of the products B A.
-Where we leave the papers: iterates are collected a number of steps apart, not once an epoch, because fine-tuning takes few epochs;
-moments are kept in float64, and log standard deviations are stored, so that a variance of 0 becomes ``variance_floor``.
+Where we leave the papers: the learning rate falls linearly as for ``map``, because iterates at a constant rate are worse here
+(benchmarks/methods.py --choose); iterates are collected a number of steps apart, not once an epoch, because fine-tuning takes few
+epochs; moments are kept in float64, and log standard deviations are stored, so that a variance of 0 becomes ``variance_floor``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from credence.adapters.kinds import LowRankPosterior, PointPosterior
 from credence.adapters.posterior import LoraFactors, Posterior
 from credence.training.config import Section
 from credence.training.errors import ConfigError
-from credence.training.methods.base import Method, MethodDefaults, Plan
+from credence.training.methods.base import Method, Plan
 from credence.training.modeling import LoraSite
 
 DEFAULT_ITERATES = 40
@@ -62,7 +63,6 @@ class Swa(Method):
     name: ClassVar[str] = "swa"
     kind: ClassVar[str] = "point"
     settings_class: ClassVar[type[Section]] = SwaSettings
-    defaults: ClassVar[MethodDefaults] = MethodDefaults(lr_scheduler="constant_with_warmup")
     min_iterates: ClassVar[int] = 1
 
     def __init__(self, settings: SwaSettings, sites: Sequence[LoraSite]) -> None:
