@@ -18,7 +18,7 @@ TORCH = $(shell grep '^torch==' requirements/cpu.txt)
 READY = $(VENV)/.ready
 PACKAGES = adapters benchmarks clients cli demo serve training
 
-.PHONY: setup demo test check format bench clean
+.PHONY: setup demo test test-quantization check format bench clean
 
 setup: $(READY)
 
@@ -36,6 +36,12 @@ demo:
 
 test: setup
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+
+# Base models in 8 and 4 bit, with a package that nothing else here needs.
+test-quantization: setup
+	$(PIP) install --quiet --no-deps -r requirements/quantization.txt
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/training/test_number_formats.py
+	$(PIP) uninstall --quiet --yes bitsandbytes
 
 # mypy cannot follow the editable install's mapping, so it gets a tree of links.
 .typecheck/credence:

@@ -24,7 +24,7 @@ from credence.training.methods.base import Method
 from credence.training.modeling import logits_at
 from credence.training.prompts import IGNORED, Example, collate
 
-LENGTH_GROUPS = 4
+LENGTH_GROUPS = 5
 SMALLEST_GROUP = 16
 """Most groups of a joint batch, and the fewest rows that a group is worth a pass for."""
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from credence.adapters.artifact import load_artifact
+from credence.training import modeling
 from credence.training.config import LoraSettings
 from credence.training.errors import ConfigError, ModelError
 from credence.training.loop import TrainResult, train
@@ -55,7 +57,7 @@ def test_a_bfloat16_base(method: str, base: Path, train_file: Path, tmp_path: Pa
 @pytest.mark.parametrize("method", ["map", "monteclora", "laplace", "ensemble"])
 def test_a_quantised_base(method: str, bits: str, wide_base: Path, train_file: Path, tmp_path: Path) -> None:
     """Training runs on quantised linear layers; what is written is float32 and belongs to the base model itself."""
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="run `make test-quantization`, which installs bitsandbytes")
     full = trained(method, wide_base, train_file, tmp_path / "full")
     quantised = trained(method, wide_base, train_file, tmp_path / "quantised", f"train.quantization={bits}")
     assert_float32(quantised.path)
@@ -73,7 +75,7 @@ def test_the_linear_layers_are_quantised(
     bits: str, layer: str, bytes_each: float, error: float, wide_base: Path
 ) -> None:
     """And only they: embeddings and output layer are not. The model predicts as a full one with the rounded weights."""
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="run `make test-quantization`, which installs bitsandbytes")
     full, model = load_base(wide_base, "float32"), load_base(wide_base, "float32", bits)
     assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight.dtype == torch.float32
     found = {name: module for name, module in model.named_modules() if type(module).__name__ == layer}
@@ -113,6 +115,23 @@ def test_quantisation_without_bitsandbytes_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_what_is_asked_of_bitsandbytes(bits: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package: the settings that transformers is given."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(
+        modeling, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=lambda _, **kw: given.update(kw))
+    )
+    load_base(base, "bfloat16", bits)
+    settings = given["quantization_config"]
+    assert (settings.load_in_8bit, settings.load_in_4bit) == (bits == "8bit", bits == "4bit")
+    if bits == "4bit":
+        assert settings.bnb_4bit_quant_type == "nf4" and settings.bnb_4bit_use_double_quant
+        assert settings.bnb_4bit_compute_dtype is torch.bfloat16
+    assert given["dtype"] is torch.bfloat16 and list(given["device_map"]) == [""]
+
+
 @pytest.mark.parametrize("bits", [None, "4bit"])
 def test_a_quantised_checkpoint_is_refused(bits: str | None, base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "quantised"
@@ -121,6 +140,6 @@ def test_a_quantised_checkpoint_is_refused(bits: str | None, base: Path, tmp_pat
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     if bits:
-        pytest.importorskip("bitsandbytes")
+        pytest.importorskip("bitsandbytes", reason="run `make test-quantization`, which installs bitsandbytes")
     with pytest.raises(ModelError, match="is a quantised checkpoint; give the float32 or bfloat16 model"):
         load_base(folder, "float32", bits)
