@@ -241,6 +241,7 @@ def _document(
         "sizes": _sizes(artifact),
         "tau": {str(k): fit.model_dump() for k, fit in sorted(config.tau.items())},
         "temperature": {str(k): fit.model_dump() for k, fit in sorted(artifact.calibration.temperature.items())},
+        "maps": {str(k): found.model_dump() for k, found in sorted(artifact.calibration.maps.items())},
         "precision": {
             "tau": precision.tau,
             "factors": [
@@ -307,6 +308,7 @@ def _print(artifact: "Artifact", precision: "PrecisionReport", merged: "MergedMo
                 "size": f"{sizes['bytes']:,} bytes",
                 "tau": _fits(config.tau),
                 "temperature": _fits(artifact.calibration.temperature),
+                **_maps(artifact),
             }
         )
     )
@@ -347,6 +349,15 @@ def _kind(artifact: "Artifact") -> str:
     return (
         f"ensemble of {members}{own}; the mean adapter is the {config.mean}{' mean' if config.mean == 'exact' else ''}"
     )
+
+
+def _maps(artifact: "Artifact") -> dict[str, str]:
+    maps = sorted(artifact.calibration.maps.items())
+    shown = [
+        f"{found.kind} (K={k}; {found.correct} of {found.rows} answers right, NLL {found.nll.before:.3f} to {found.nll.after:.3f})"
+        for k, found in maps
+    ]
+    return {"confidence map": ", ".join(shown)} if shown else {}
 
 
 def _fits(fits: "Mapping[int, Fit]") -> str:

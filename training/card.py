@@ -43,7 +43,8 @@ def model_card(
 
 
 def _facts(config: PosteriorConfig, metrics: Mapping[str, Any]) -> str:
-    training, steps = config.training, _mapping(metrics.get("train")).get("steps")
+    training, run = config.training, _mapping(metrics.get("train"))
+    steps, best = run.get("steps"), run.get("best_step")
     revision = f" at `{config.base_model.revision}`" if config.base_model.revision else ""
     lines = [
         f"- Base model: `{config.base_model.name}`{revision}",
@@ -54,7 +55,8 @@ def _facts(config: PosteriorConfig, metrics: Mapping[str, Any]) -> str:
     if data:
         line = f"- Trained on `{data.get('file')}`: {data.get('rows')} rows of format `{training.get('format')}`"
         seed = f", seed {training['seed']}" if "seed" in training else ""
-        lines.append(line + (f", {steps} optimiser steps" if steps is not None else "") + seed)
+        kept = f" of which the adapter after step {best} is kept (lowest validation NLL)" if best is not None else ""
+        lines.append(line + (f", {steps} optimiser steps{kept}" if steps is not None else "") + seed)
     versions = {"credence": config.credence_version, **_mapping(training.get("versions"))}
     lines.append("- Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()))
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from credence.adapters import (
     PosteriorConfig,
     write_artifact,
 )
+from credence.adapters.config import PlattMap
 from credence.cli.main import run
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
@@ -47,7 +48,14 @@ def credence(capsys: pytest.CaptureFixture[str]) -> Command:
     return invoke
 
 
-def write(path: Path, *, log_sd: float | None = -3.0, tau: float | None = 4.0, temperature: float | None = 1.3) -> str:
+def write(
+    path: Path,
+    *,
+    log_sd: float | None = -3.0,
+    tau: float | None = 4.0,
+    temperature: float | None = 1.3,
+    maps: dict[int, PlattMap] | None = None,
+) -> str:
     """Write a small artifact: kind diag with one log standard deviation, or kind point."""
     torch.manual_seed(0)
     mean = {name: LoraFactors(A=torch.rand(RANK, WIDTH) + 0.5, B=torch.rand(WIDTH, RANK) + 0.5) for name in MODULES}
@@ -64,7 +72,9 @@ def write(path: Path, *, log_sd: float | None = -3.0, tau: float | None = 4.0, t
         target_modules=("q_proj", "v_proj"),
         tau={} if tau is None else {8: Fit(value=tau, nll=0.5)},
     )
-    calibration = None if temperature is None else Calibration(temperature={8: Fit(value=temperature, nll=0.4)})
+    calibration = None
+    if temperature is not None:
+        calibration = Calibration(temperature={8: Fit(value=temperature, nll=0.4)}, maps=maps or {})
     adapter_config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4.0, "target_modules": ["q_proj", "v_proj"]}
     return write_artifact(
         path,

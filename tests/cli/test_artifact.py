@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from credence.adapters import delta, load_artifact
+from credence.adapters.config import BeforeAfter, PlattMap
 from credence.cli.artifact import _linear_modules
 from credence.cli.main import run
 from tests.cli.conftest import MODULES, RANK, WIDTH, Command, write
@@ -50,6 +51,17 @@ def test_inspect_as_json(tmp_path: Path, credence: Command) -> None:
         assert entry["sd_over_ulp"]["float16"] == pytest.approx(8 * entry["sd_over_ulp"]["bfloat16"])
     assert credence("inspect", tmp_path / "a", "--json", tmp_path / "out.json").out.startswith("kind")
     assert json.loads((tmp_path / "out.json").read_text()) == document
+
+
+def test_inspect_shows_the_maps_of_the_confidence(tmp_path: Path, credence: Command) -> None:
+    scores = BeforeAfter(before=0.7, after=0.5)
+    fitted = PlattMap(rows=200, correct=120, nll=scores, brier=scores, slope=2.0, intercept=1.0)
+    write(tmp_path / "a", maps={0: fitted, 8: fitted})
+    outcome = credence("inspect", tmp_path / "a")
+    (line,) = (line for line in outcome.out.splitlines() if line.startswith("confidence map"))
+    assert "platt (K=0; 120 of 200 answers right, NLL 0.700 to 0.500), platt (K=8;" in line
+    document = json.loads(credence("inspect", tmp_path / "a", "--json", "-").out)
+    assert document["maps"]["8"] == fitted.model_dump() and set(document["maps"]) == {"0", "8"}
 
 
 def test_inspect_warns_of_noise_that_rounds_away(tmp_path: Path, credence: Command) -> None:

@@ -264,6 +264,8 @@ def test_the_best_step_is_kept_without_an_early_end(
     result = train(base, train_file, validation_file, "ivon", tmp_path / "out", config)
     record = result.metrics["train"]
     assert (record["stopped_at"], record["best_step"], record["steps"]) == (None, 4, 8)
+    card = (result.path / "README.md").read_text()
+    assert "8 optimiser steps of which the adapter after step 4 is kept (lowest validation NLL), seed 0" in card
     short = quick_config("ivon", *STEADY[:2], "train.max_steps=4")
     assert tensors_of(result) == tensors_of(train(base, train_file, None, "ivon", tmp_path / "short", short))
 
