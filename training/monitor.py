@@ -21,8 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from credence.adapters.artifact import num_distinct_samples
 from credence.adapters.files import replacing_folder
-from credence.adapters.kinds import EnsemblePosterior, Member, PointPosterior, exact_mean
-from credence.adapters.posterior import LoraFactors, Posterior, draw
+from credence.adapters.posterior import draw
 from credence.adapters.sampling import NoiseSource
 from credence.training.checkpoint import load_adapter, load_method, save_adapter, save_method
 from credence.training.config import Section, TrainSettings
@@ -31,7 +30,7 @@ from credence.training.errors import CheckpointError, ConfigError, TrainingError
 from credence.training.methods import Ensemble, Method, Swa
 from credence.training.methods.base import factor_parameters
 from credence.training.methods.ensemble import EnsembleSettings
-from credence.training.modeling import LoraSite, get_factors
+from credence.training.modeling import LoraSite
 from credence.training.predict import Factors, Predictor, log_likelihood
 from credence.training.prompts import Example
 from credence.training.release import evenly_spaced
@@ -140,47 +139,6 @@ def _nothing_evaluated(settings: TrainSettings, steps: int) -> ConfigError:
         "train.eval_steps",
         key="train.eval_steps",
     )
-
-
-def current_adapter(method: Method, *, posterior: bool) -> tuple[dict[str, LoraFactors], dict[str, Posterior] | None]:
-    """What the method would leave behind if training ended now.
-
-    Before it has anything to average (SWA, SWAG, checkpoint ensembles), and where it rotates the adapter at the end (TFB), the mean is
-    the model's own A and B.
-
-    Args:
-        posterior: whether it is asked for.
-
-    Returns:
-        The mean, and the posterior, or None if there is none yet or it was not asked for.
-    """
-    if isinstance(method, Ensemble):
-        return _current_ensemble(method, posterior=posterior)
-    if type(method).fit_posterior is not Method.fit_posterior:
-        return get_factors(method.sites), None
-    if isinstance(method, Swa):
-        mean = method.mean() if method.collected else get_factors(method.sites)
-        return mean, method.posteriors() if posterior and method.collected >= method.min_iterates else None
-    return method.mean(), method.posteriors() if posterior else None
-
-
-def _current_ensemble(
-    method: Ensemble, *, posterior: bool
-) -> tuple[dict[str, LoraFactors], dict[str, Posterior] | None]:
-    if not method.is_deep:
-        if not method.checkpoints:
-            return get_factors(method.sites), None
-        return method.mean(), method.posteriors() if posterior else None
-    parts = [current_adapter(member, posterior=posterior) for member in method.members]
-    members = {
-        site.name: tuple(
-            Member(mean=mean[site.name], posterior=own[site.name] if own else PointPosterior()) for mean, own in parts
-        )
-        for site in method.sites
-    }
-    exact = method.posterior_fields()["mean"] == "exact"
-    mean = {name: exact_mean([m.mean for m in group]) if exact else group[0].mean for name, group in members.items()}
-    return mean, {name: EnsemblePosterior(members=group) for name, group in members.items()} if posterior else None
 
 
 @contextmanager
@@ -352,7 +310,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
     def _evaluate(self, step: int) -> list[Evaluation]:
         of_members = isinstance(self.method, Ensemble)
         k = self.settings.eval_samples or (self.method.settings.members if of_members else 0)
-        mean, posteriors = current_adapter(self.method, posterior=k > 0)
+        mean, posteriors = self.method.current(posterior=k > 0)
         draws: dict[tuple[int, float], list[Factors]] = {(0, 0.0): [mean]}
         if posteriors is not None:
             distinct = num_distinct_samples(posteriors)

@@ -155,6 +155,22 @@ class Method(ABC):
     def posteriors(self) -> dict[str, Posterior]:
         """The trained posterior of every module, around :meth:`mean`."""
 
+    def current(self, *, posterior: bool) -> tuple[dict[str, LoraFactors], dict[str, Posterior] | None]:
+        """What would be left behind if training ended now, for evaluations during the run.
+
+        Of methods that fit their posterior after the last step, and of those that have nothing to average yet, the mean is the model's
+        own A and B.
+
+        Args:
+            posterior: whether it is asked for.
+
+        Returns:
+            The mean, and the posterior, or None if there is none yet or it was not asked for.
+        """
+        if type(self).fit_posterior is not Method.fit_posterior:
+            return get_factors(self.sites), None
+        return self.mean(), self.posteriors() if posterior else None
+
     def posterior_settings(self) -> dict[str, float]:
         """The scalars of the posterior's kind that the artifact stores."""
         return {}

@@ -12,9 +12,10 @@ Flipout (Wen et al., ICLR 2018) gives every row of a batch its own signs of the 
 G^2 * E * (t_n s_n^T) with s_n in {-1, 1}^n_in and t_n in {-1, 1}^r. Each row's deviation has the posterior's distribution, and those
 of two rows are uncorrelated, so the gradient's variance falls with the size of the batch. Served samples have no signs.
 
-Where we leave the paper: G starts at one value (the authors' code: uniform on [eps / sqrt(2), eps], a factor of 2 in the sd); KL is averaged over the modules, so that eta does not
-depend on how many there are (eta = M' / number of training rows makes the loss an evidence lower bound); one AdamW minimises the
-whole loss; flipout is an option; signs are those of a row's place in its batch, so micro-batches of one step share them.
+Where we leave the paper: G starts at one value (the authors' code: uniform on [eps / sqrt(2), eps], a factor of 2 in the standard
+deviation); KL is averaged over the modules, so that eta does not depend on how many there are (eta = M' / number of training rows makes
+the loss an evidence lower bound); one AdamW minimises the whole loss; flipout is an option; signs are those of a row's place in its
+batch, so micro-batches of one step share them.
 """
 
 import math

@@ -229,14 +229,27 @@ class Ensemble(Method):
 
     def mean(self) -> dict[str, LoraFactors]:
         """The exact mean of the products, or the first member."""
-        pairs = self._pairs()
-        if self._mean_kind() == "exact":
-            return {name: exact_mean([member.mean for member in members]) for name, members in pairs.items()}
-        return {name: members[0].mean for name, members in pairs.items()}
+        return self._mean_of(self._pairs())
 
     def posteriors(self) -> dict[str, Posterior]:
         """The members with their own posteriors."""
-        return {name: EnsemblePosterior(members=members) for name, members in self._pairs().items()}
+        return _posteriors(self._pairs())
+
+    def current(self, *, posterior: bool) -> tuple[dict[str, LoraFactors], dict[str, Posterior] | None]:
+        """The members as they are now; of checkpoints those kept so far, before the first one A and B themselves."""
+        if not self.is_deep:
+            if not self.checkpoints:
+                return get_factors(self.sites), None
+            return self.mean(), self.posteriors() if posterior else None
+        parts = [member.current(posterior=posterior) for member in self.members]
+        members = {
+            site.name: tuple(
+                Member(mean=mean[site.name], posterior=own[site.name] if own else PointPosterior())
+                for mean, own in parts
+            )
+            for site in self.sites
+        }
+        return self._mean_of(members), _posteriors(members) if posterior else None
 
     def posterior_fields(self) -> dict[str, Any]:
         """What the members are, and which mean is stored."""
@@ -260,9 +273,18 @@ class Ensemble(Method):
             for site in self.sites
         }
 
+    def _mean_of(self, members: Mapping[str, tuple[Member, ...]]) -> dict[str, LoraFactors]:
+        if self._mean_kind() == "exact":
+            return {name: exact_mean([member.mean for member in group]) for name, group in members.items()}
+        return {name: group[0].mean for name, group in members.items()}
+
     def _mean_kind(self) -> Literal["exact", "first member"]:
         rank = self.settings.members * self.sites[0].mean.rank
         return self.settings.mean or ("exact" if rank <= LARGEST_EXACT_RANK else "first member")
+
+
+def _posteriors(members: Mapping[str, tuple[Member, ...]]) -> dict[str, Posterior]:
+    return {name: EnsemblePosterior(members=group) for name, group in members.items()}
 
 
 def method_settings_of(settings: EnsembleSettings) -> Section:

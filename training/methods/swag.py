@@ -26,7 +26,7 @@ from credence.adapters.posterior import LoraFactors, Posterior
 from credence.training.config import Section
 from credence.training.errors import ConfigError
 from credence.training.methods.base import Method, Plan
-from credence.training.modeling import LoraSite
+from credence.training.modeling import LoraSite, get_factors
 
 DEFAULT_ITERATES = 40
 """Iterates collected, about, where no interval is given."""
@@ -124,6 +124,11 @@ class Swa(Method):
         flat = self._mean[site.name].float()
         A, B = flat[: shape_A.numel()], flat[shape_A.numel() :]
         return LoraFactors(A=A.reshape(shape_A).clone(), B=B.reshape(shape_B).clone())
+
+    def current(self, *, posterior: bool) -> tuple[dict[str, LoraFactors], dict[str, Posterior] | None]:
+        """The average so far; until an iterate is collected A and B themselves."""
+        mean = self.mean() if self.collected else get_factors(self.sites)
+        return mean, self.posteriors() if posterior and self.collected >= self.min_iterates else None
 
     def posteriors(self) -> dict[str, Posterior]:
         """Point masses."""
