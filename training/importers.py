@@ -34,7 +34,6 @@ from credence.adapters.kinds import (
     Member,
     PointPosterior,
     RowPosterior,
-    exact_mean,
 )
 from credence.adapters.peft_folder import (
     DEFAULT_MAX_BYTES,
@@ -52,7 +51,6 @@ from credence.training.config import TrainConfig
 from credence.training.data import DataFormat, read_data
 from credence.training.errors import ConfigError
 from credence.training.loop import train
-from credence.training.methods.ensemble import LARGEST_EXACT_RANK
 from credence.training.modeling import ADAPTER, load_tokenizer
 from credence.training.prompts import label_space
 from credence.training.release import release
@@ -379,10 +377,7 @@ def _import_ensemble(request: ImportRequest) -> str:
             widened = _widened(factors, rank, own / scaling)
             by_module[name].append(Member(mean=widened, posterior=member.posteriors[name]))
     posteriors: dict[str, Posterior] = {name: EnsemblePosterior(members=tuple(own)) for name, own in by_module.items()}
-    exact = len(members) * rank <= LARGEST_EXACT_RANK
-    mean = {
-        name: exact_mean([member.mean for member in own]) if exact else own[0].mean for name, own in by_module.items()
-    }
+    mean = {name: own[0].mean for name, own in by_module.items()}
     return _write(
         request,
         _Contents(
@@ -398,7 +393,7 @@ def _import_ensemble(request: ImportRequest) -> str:
                 "imported": {"format": "ensemble", "members": [member.training["origin"] for member in members]},
             },
             member=None if first.kind == "point" else MemberPosterior(kind=first.kind, settings=first.settings),  # type: ignore[arg-type]
-            mean_kind="exact" if exact else "first member",
+            mean_kind="first member",
         ),
     )
 

@@ -5,7 +5,10 @@ and every LoRA layer multiplies each member's rows by its own factors, so that t
 seed + m, reads the rows in the order of that seed, draws the noise of that seed and clips its own gradient: it is the adapter that a
 run of its method alone with that seed gives, up to rounding, as matrix products of other sizes add up in another order.
 
-``checkpoints``: one run of MAP, whose adapter is kept at evenly spaced steps of the last part of training.
+``checkpoints``: one run of MAP, whose adapter is kept at evenly spaced steps of the last part of training, the last stage first.
+
+The mean adapter is the first member. The exact mean of the products is no function that was trained: of five members on clinc_domains
+it had an accuracy of 0.28, one member 0.48 (stories260K, 4 seeds).
 
 Where we leave the literature: members are LoRA factors over a shared base, and a member may have a posterior of its own (a mixture).
 """
@@ -27,9 +30,6 @@ from credence.training.errors import ConfigError
 from credence.training.methods.base import Method, MethodDefaults, Plan
 from credence.training.modeling import LoraSite, MemberSite, get_factors, initialise
 
-LARGEST_EXACT_RANK = 64
-"""Largest rank of an exact mean unless it is asked for: a server's LoRA slots are as wide as its widest adapter."""
-
 
 class EnsembleSettings(Section):
     """Settings of ensembles.
@@ -40,7 +40,7 @@ class EnsembleSettings(Section):
         member: method of the members of a deep ensemble.
         settings: the member's own ``method`` section.
         start: of checkpoints, share of the steps before the first one is kept.
-        mean: the mean adapter: the exact mean of the products (rank M r) or the first member; None is exact up to rank 64.
+        mean: the mean adapter: the first member (of checkpoints the last stage), or the exact mean of the products (rank M r).
     """
 
     members: int = Field(default=5, ge=2, le=64)
@@ -48,7 +48,7 @@ class EnsembleSettings(Section):
     member: str = "map"
     settings: dict[str, Any] = Field(default_factory=dict)
     start: float = Field(default=0.5, ge=0, lt=1)
-    mean: Literal["exact", "first member"] | None = None
+    mean: Literal["exact", "first member"] = "first member"
 
     @field_validator("member")
     @classmethod
@@ -257,13 +257,13 @@ class Ensemble(Method):
         if self.members and self.members[0].kind != "point":
             first = self.members[0].posterior_fields()
             member = MemberPosterior(kind=first["kind"], settings=first["settings"])
-        return {"kind": "ensemble", "settings": {}, "member": member, "mean": self._mean_kind()}
+        return {"kind": "ensemble", "settings": {}, "member": member, "mean": self.settings.mean}
 
     def _pairs(self) -> dict[str, tuple[Member, ...]]:
         if not self.is_deep:
             kept: Iterable[tuple[dict[str, LoraFactors], dict[str, Posterior]]] = (
                 (factors, {name: PointPosterior() for name in factors})
-                for _, factors in sorted(self.checkpoints.items())
+                for _, factors in sorted(self.checkpoints.items(), reverse=True)
             )
         else:
             kept = ((member.mean(), member.posteriors()) for member in self.members)
@@ -274,13 +274,9 @@ class Ensemble(Method):
         }
 
     def _mean_of(self, members: Mapping[str, tuple[Member, ...]]) -> dict[str, LoraFactors]:
-        if self._mean_kind() == "exact":
+        if self.settings.mean == "exact":
             return {name: exact_mean([member.mean for member in group]) for name, group in members.items()}
         return {name: group[0].mean for name, group in members.items()}
-
-    def _mean_kind(self) -> Literal["exact", "first member"]:
-        rank = self.settings.members * self.sites[0].mean.rank
-        return self.settings.mean or ("exact" if rank <= LARGEST_EXACT_RANK else "first member")
 
 
 def _posteriors(members: Mapping[str, tuple[Member, ...]]) -> dict[str, Posterior]:
