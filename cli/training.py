@@ -133,6 +133,9 @@ def evaluate(
     k: Annotated[str, typer.Option("--k", metavar="K,K,...", help="Numbers of samples; 0 is the mean.")] = "0,10",
     tau: Annotated[str, typer.Option("--tau", metavar="fitted|T", help="Posterior temperature of K > 0.")] = "fitted",
     batch_size: BatchSizeOption = 64,
+    resamples: Annotated[
+        int, typer.Option("--bootstrap", min=0, help="Bootstrap samples of 95 % intervals in the JSON; 0 for none.")
+    ] = 0,
     json_file: JsonOption = None,
 ) -> None:
     """Measure accuracy, likelihood and calibration.
@@ -147,7 +150,7 @@ def evaluate(
     ks, at_tau = _parse_ks(k), _parse_tau(tau)
     with needs_extra("train"):
         from credence.training.evaluate import evaluate as measure
-    result = measure(directory, base, data, ood, ks, at_tau, batch_size=batch_size)
+    result = measure(directory, base, data, ood, ks, at_tau, batch_size=batch_size, resamples=resamples)
     write_json(json_file, result)
     if json_file != "-":
         columns = [name for name in EVAL_COLUMNS if any(entry[name] is not None for entry in result["results"])]

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
 from credence.adapters.artifact import Artifact, load_artifact
 from credence.training import metrics
 from credence.training.data import read_data
@@ -13,6 +16,7 @@ from credence.training.prompts import Example
 from credence.training.session import open_session
 
 Temperatures = dict[int, list[float]]
+OOD_SCORES = ("total", "epistemic", "confidence")
 
 
 def evaluate(
@@ -25,6 +29,7 @@ def evaluate(
     *,
     dtype: str | None = None,
     batch_size: int = 64,
+    resamples: int = 0,
 ) -> dict[str, Any]:
     """Evaluates the mean (K = 0) and averages of K samples, each at temperature 1 and at the fitted temperature.
 
@@ -33,6 +38,7 @@ def evaluate(
     Args:
         ood: rows from elsewhere, of the same format; their labels are ignored.
         tau: posterior temperature of K > 0, or ``"fitted"``.
+        resamples: bootstrap samples of the 95 % intervals; 0 computes none.
 
     Returns:
         ``credence eval --json``: adapter, data, and one result per K and temperature. A metric that is not defined on these data is None.
@@ -60,17 +66,24 @@ def evaluate(
     for k in ks:
         for index, temperature in enumerate(temperatures[k]):
             entry = {"k": k, "tau": taus[k], "temperature": temperature}
-            results.append({**entry, **summarise(scores[k, index], ood_scores.get((k, index)))})
+            found, outside = scores[k, index], ood_scores.get((k, index))
+            ends = {"intervals": intervals(found, outside, resamples=resamples)} if resamples else {}
+            results.append({**entry, **summarise(found, outside), **ends})
     return {
         "adapter": {"method": artifact.config.method, "digest": artifact.digest},
         "data": {"file": Path(data).name, "rows": len(examples), "ood_rows": len(ood_examples)},
+        **({"bootstrap": {"resamples": resamples, "level": 0.95, "seed": 0}} if resamples else {}),
         "results": results,
     }
 
 
 def summarise(scores: Scores, ood: Scores | None = None) -> dict[str, float | None]:
-    """The metrics of ``credence eval --json`` from per-position scores; OOD scores are means over each row's positions."""
+    """The metrics of ``credence eval --json`` from per-position scores; OOD scores are means over each row's positions.
+
+    None where a metric is not defined. A single predictor has no epistemic score; 0.5 would look like a measurement.
+    """
     correct, confidence = scores.correct.numpy(), scores.confidence.numpy()
+    parts, has_epistemic = metrics.brier_parts(confidence, correct), bool(scores.epistemic.any())
     result: dict[str, float | None] = {
         "accuracy": metrics.accuracy(correct),
         "nll": metrics.nll(scores.log_prob.numpy()),
@@ -78,23 +91,70 @@ def summarise(scores: Scores, ood: Scores | None = None) -> dict[str, float | No
         "ece15": metrics.ece(confidence, correct, bins=15),
         "ece_equal_mass": metrics.ece_equal_mass(confidence, correct, bins=15),
         "brier": metrics.brier(scores.brier.numpy()),
+        "brier_reliability": parts.reliability,
+        "brier_resolution": parts.resolution,
+        "brier_uncertainty": parts.uncertainty,
         "error_auroc": metrics.auroc(1 - confidence, ~correct),
+        "error_auroc_total": metrics.auroc(scores.total.numpy(), ~correct),
+        "error_auroc_epistemic": metrics.auroc(scores.epistemic.numpy(), ~correct) if has_epistemic else None,
+        "error_aupr": metrics.aupr(1 - confidence, ~correct),
         "aurc": metrics.aurc(confidence, correct),
-        "ood_auroc_total": None,
-        "ood_auroc_epistemic": None,
+        "accuracy_at_coverage_80": metrics.accuracy_at_coverage(confidence, correct, 0.8),
+        "accuracy_at_coverage_50": metrics.accuracy_at_coverage(confidence, correct, 0.5),
+        "coverage_at_risk_10": metrics.coverage_at_risk(confidence, correct, 0.1),
+        "coverage_at_risk_5": metrics.coverage_at_risk(confidence, correct, 0.05),
+        **{f"ood_{metric}_{name}": None for metric in ("auroc", "aupr", "fpr95") for name in OOD_SCORES},
         "ood_fpr95": None,
         "mean_confidence": float(confidence.mean()),
     }
     if ood is not None:
-        for name in ("total", "epistemic"):
-            inside, outside = scores.by_row(name).tolist(), ood.by_row(name).tolist()
+        for name in OOD_SCORES:
+            inside, outside = (_ood_score(part, name) for part in (scores, ood))
             if name == "epistemic" and not any(inside) and not any(outside):
-                continue  # a single predictor has no epistemic score; 0.5 would look like a measurement
-            is_ood = [0] * len(inside) + [1] * len(outside)
-            result[f"ood_auroc_{name}"] = metrics.auroc(inside + outside, is_ood)
-            if name == "total":
-                result["ood_fpr95"] = metrics.fpr_at_recall(inside + outside, is_ood)
+                continue
+            found, is_ood = inside + outside, [0] * len(inside) + [1] * len(outside)
+            result[f"ood_auroc_{name}"] = metrics.auroc(found, is_ood)
+            result[f"ood_aupr_{name}"] = metrics.aupr(found, is_ood)
+            result[f"ood_fpr95_{name}"] = metrics.fpr_at_recall(found, is_ood)
+        result["ood_fpr95"] = result["ood_fpr95_total"]
     return result
+
+
+def intervals(
+    scores: Scores, ood: Scores | None = None, *, resamples: int, seed: int = 0, level: float = 0.95
+) -> dict[str, tuple[float, float] | None]:
+    """Percentile bootstrap intervals of :func:`summarise` (Efron, Annals of Statistics 1979).
+
+    Rows are drawn with replacement, test rows and OOD rows each among themselves; a row of several positions is drawn whole.
+
+    Args:
+        resamples: bootstrap samples; the interval's ends are quantiles of as many values.
+
+    Returns:
+        The ends by metric; None where the metric is not defined, on the data or on more than a twentieth of the samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    point = summarise(scores, ood)
+    found: dict[str, list[float]] = {name: [] for name, number in point.items() if number is not None}
+    for _ in range(resamples):
+        drawn = summarise(scores.resampled(generator), ood.resampled(generator) if ood is not None else None)
+        for name, numbers in found.items():
+            number = drawn[name]
+            if number is not None:
+                numbers.append(number)
+    ends = ((1 - level) / 2, (1 + level) / 2)
+    result: dict[str, tuple[float, float] | None] = dict.fromkeys(point)
+    for name, numbers in found.items():
+        if len(numbers) >= 0.95 * resamples:
+            low, high = np.quantile(numbers, ends)
+            result[name] = (float(low), float(high))
+    return result
+
+
+def _ood_score(scores: Scores, name: str) -> list[float]:
+    """Score of every row, higher for less familiar ones."""
+    values: list[float] = scores.by_row(name).tolist()
+    return [1 - value for value in values] if name == "confidence" else values
 
 
 def _scores(

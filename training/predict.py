@@ -71,6 +71,17 @@ class Scores:
         moved = {name: getattr(self, name).cpu() for name in self.__dataclass_fields__}
         return Scores(**{name: t.double() if t.is_floating_point() else t for name, t in moved.items()})
 
+    def resampled(self, generator: torch.Generator) -> "Scores":
+        """As many rows drawn with replacement, each with all its positions, numbered anew; of ``row`` values 0, ..., rows - 1."""
+        counts = torch.bincount(self.row)
+        order, starts = self.row.argsort(stable=True), counts.cumsum(0) - counts
+        drawn = torch.randint(len(counts), (len(counts),), generator=generator)
+        row = torch.repeat_interleave(torch.arange(len(drawn)), counts[drawn])
+        within = torch.arange(len(row)) - (counts[drawn].cumsum(0) - counts[drawn])[row]
+        positions = order[starts[drawn][row] + within]
+        picked = {name: getattr(self, name)[positions] for name in self.__dataclass_fields__}
+        return Scores(**{**picked, "row": row})
+
     def by_row(self, name: str) -> Tensor:
         """Mean of one score over each row's positions, [rows]."""
         rows = int(self.row.max()) + 1

@@ -98,19 +98,28 @@ def test_release(credence: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(credence(*arguments, "--json", "-").out) == {"path": "a", "digest": "sha256:cd", "rows": 9}
 
 
-@pytest.mark.parametrize(("given", "tau"), [((), "fitted"), (("--tau", "fitted"), "fitted"), (("--tau", "2"), 2.0)])
+@pytest.mark.parametrize(
+    ("given", "tau"),
+    [
+        ((), "fitted"),
+        (("--tau", "fitted"), "fitted"),
+        (("--tau", "2"), 2.0),
+        (("--bootstrap", "50"), "fitted"),
+    ],
+)
 def test_eval(credence: Command, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], tau: object) -> None:
     calls: list[Any] = []
     document = {"adapter": {}, "data": {}, "results": [RESULT | {"k": 0, "tau": 0.0}, RESULT]}
 
-    def measure(*arguments: Any, batch_size: int) -> dict[str, Any]:
-        calls.append(arguments)
+    def measure(*arguments: Any, batch_size: int, resamples: int) -> dict[str, Any]:
+        calls.append((*arguments, resamples))
         return document
 
     monkeypatch.setattr(evaluation, "evaluate", measure)
     outcome = credence("eval", "a", "--base", "b", "--data", "t.jsonl", "--k", "0,10", *given)
     assert outcome.code == 0
-    assert calls == [(Path("a"), "b", Path("t.jsonl"), None, [0, 10], tau)]
+    resamples = 50 if "--bootstrap" in given else 0
+    assert calls == [(Path("a"), "b", Path("t.jsonl"), None, [0, 10], tau, resamples)]
     assert "accuracy" in outcome.out and "OOD" not in outcome.out
     assert len([line for line in outcome.out.splitlines() if "0.31" in line]) == 2
     assert json.loads(credence("eval", "a", "--base", "b", "--data", "t", "--json", "-").out) == document

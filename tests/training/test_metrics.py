@@ -105,3 +105,72 @@ def test_bad_input_is_refused(scores: list[float], truth: list[int], message: st
 def test_confidence_outside_the_unit_interval() -> None:
     with pytest.raises(MetricError, match="must lie in"):
         metrics.ece([1.2], [1])
+
+
+def test_aupr_by_hand() -> None:
+    # Thresholds 3, 2, 1: recall 1/2, 1/2, 1 at precision 1, 1/2, 2/3.
+    assert metrics.aupr([3, 2, 1], [1, 0, 1]) == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
+    # Equal scores say nothing: the share of positives.
+    assert metrics.aupr([1, 1, 1, 1], [1, 0, 0, 0]) == pytest.approx(1 / 4)
+    assert metrics.aupr([1, 2], [1, 1]) is None and metrics.aupr([1, 2], [0, 0]) is None
+
+
+def test_brier_parts_by_hand() -> None:
+    # Two bins: {0.4, 0.5} with one of two right and {0.8, 0.9} with both; the base rate is 3/4.
+    parts = metrics.brier_parts([0.4, 0.5, 0.8, 0.9], [0, 1, 1, 1], bins=2)
+    assert parts.reliability == pytest.approx(0.5 * (0.5 - 0.45) ** 2 + 0.5 * (1 - 0.85) ** 2)
+    assert parts.resolution == pytest.approx(0.5 * (0.5 - 0.75) ** 2 + 0.5 * (1 - 0.75) ** 2)
+    assert parts.uncertainty == pytest.approx(3 / 16)
+    # Of the first bin variance 0.0025 and covariance 0.025, of the second variance 0.0025.
+    assert parts.within_bins == pytest.approx(0.5 * (0.0025 - 0.05) + 0.5 * 0.0025)
+
+
+@pytest.mark.parametrize("bins", [1, 7, 15])
+def test_brier_parts_add_up(bins: int) -> None:
+    rng = np.random.default_rng(3)
+    confidence = rng.random(200)
+    correct = (rng.random(200) < confidence).astype(float)
+    parts = metrics.brier_parts(confidence, correct, bins)
+    total = parts.reliability - parts.resolution + parts.uncertainty + parts.within_bins
+    assert total == pytest.approx(brier_score_loss(correct, confidence))
+    constant = metrics.brier_parts(np.full(200, 0.3), correct, bins)
+    assert constant.resolution == pytest.approx(0) and constant.within_bins == pytest.approx(0)
+
+
+def test_risk_and_coverage_by_hand() -> None:
+    # In order of confidence: right, right, wrong, right.
+    confidence, correct = [0.9, 0.8, 0.7, 0.6], [1, 1, 0, 1]
+    coverages, risks = metrics.risk_coverage(confidence, correct)
+    assert coverages == pytest.approx([0.25, 0.5, 0.75, 1]) and risks == pytest.approx([0, 0, 1 / 3, 1 / 4])
+    assert metrics.accuracy_at_coverage(confidence, correct, 0.5) == 1
+    assert metrics.accuracy_at_coverage(confidence, correct, 0.51) == pytest.approx(2 / 3)
+    assert metrics.accuracy_at_coverage(confidence, correct, 1) == pytest.approx(3 / 4)
+    assert metrics.accuracy_at_coverage(confidence, correct, 0.01) == 1
+    assert metrics.coverage_at_risk(confidence, correct, 0) == 0.5
+    assert (
+        metrics.coverage_at_risk(confidence, correct, 0.25) == 1
+    )  # more coverage than at 1/3 - small, where the risk is higher
+    assert metrics.coverage_at_risk([0.5, 0.5, 0.5, 0.5], [1, 1, 0, 1], 0.2) == 0  # all or none
+    assert metrics.coverage_at_risk([0.9], [0], 0.5) == 0
+
+
+def test_coverage_at_risk_equals_brute_force() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        confidence = rng.integers(0, 12, 40) / 12
+        correct = (rng.random(40) < confidence).astype(int)
+        for risk in (0.0, 0.1, 0.3, 1.0):
+            kept = [confidence >= threshold for threshold in np.unique(confidence)]
+            allowed = [float(k.mean()) for k in kept if 1 - correct[k].mean() <= risk + 1e-12]
+            assert metrics.coverage_at_risk(confidence, correct, risk) == pytest.approx(max(allowed, default=0.0))
+
+
+@pytest.mark.parametrize("coverage", [0, -0.1, 1.1])
+def test_a_coverage_outside_its_range_is_refused(coverage: float) -> None:
+    with pytest.raises(MetricError, match=r"the coverage must lie in \(0, 1\]"):
+        metrics.accuracy_at_coverage([0.5], [1], coverage)
+
+
+def test_a_risk_outside_its_range_is_refused() -> None:
+    with pytest.raises(MetricError, match=r"the risk must lie in \[0, 1\], got 1.5"):
+        metrics.coverage_at_risk([0.5], [1], 1.5)
