@@ -350,11 +350,21 @@ def test_evaluate_report(base: Path, unreleased: Path, validation_file: Path, wr
         "k", "tau", "temperature", "accuracy", "nll", "ece10", "ece15", "ece_equal_mass", "brier", "error_auroc", "aurc",
         "ood_auroc_total", "ood_auroc_epistemic", "ood_fpr95", "mean_confidence",
     }  # fmt: skip
+    documented = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     for entry in report["results"]:
-        assert set(entry) == keys
+        assert keys <= set(entry)
+        for name in set(entry) - keys:
+            assert f"`{name}`" in documented or f"`{name.rpartition('_')[0]}_S`" in documented
         assert all(value is None or math.isfinite(value) for value in entry.values())
     assert report["results"][0]["ood_auroc_epistemic"] is None  # the mean has no epistemic score
     assert report["results"][2]["ood_auroc_epistemic"] is not None
+    bootstrap = evaluate(unreleased, base, validation_file, ood, ks=[0, 4], tau=3.0, resamples=20)
+    assert bootstrap["bootstrap"] == {"resamples": 20, "level": 0.95, "seed": 0}
+    for entry, plain in zip(bootstrap["results"], report["results"], strict=True):
+        found = entry.pop("intervals")
+        assert entry == plain and set(found) == set(plain) - {"k", "tau", "temperature"}
+        low, high = found["nll"]
+        assert low < plain["nll"] < high
 
 
 def test_evaluate_uses_what_was_fitted(base: Path, unreleased: Path, validation_file: Path) -> None:
