@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from credence.cli.ask import DEFAULT_TIMEOUT_S, ApiKeyFileOption, TimeoutOption, connection
 from credence.cli.output import JsonOption, needs_extra, print_table, say, write_json
 
 if TYPE_CHECKING:
@@ -133,6 +134,14 @@ def evaluate(
     k: Annotated[str, typer.Option("--k", metavar="K,K,...", help="Numbers of samples; 0 is the mean.")] = "0,10",
     tau: Annotated[str, typer.Option("--tau", metavar="fitted|T", help="Posterior temperature of K > 0.")] = "fitted",
     batch_size: BatchSizeOption = 64,
+    engine: Annotated[
+        str,
+        typer.Option("--engine", metavar="hf|URL", help="hf computes here, a URL asks the server that serves DIR."),
+    ] = "hf",
+    model: Annotated[str | None, typer.Option("--model", help="With a URL: name of the adapter there.")] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="With a URL: rows under way at once.")] = 16,
+    api_key_file: ApiKeyFileOption = None,
+    timeout_s: TimeoutOption = DEFAULT_TIMEOUT_S,
     resamples: Annotated[
         int, typer.Option("--bootstrap", min=0, help="Bootstrap samples of 95 % intervals in the JSON; 0 for none.")
     ] = 0,
@@ -146,11 +155,20 @@ def evaluate(
     \b
     Example:
       credence eval out/triage --base models/base --data test.jsonl --ood other.jsonl --k 0,10 --json result.json
+      credence eval out/triage --base models/base --data test.jsonl --engine http://localhost:8000 --model triage
     """
     ks, at_tau = _parse_ks(k), _parse_tau(tau)
+    if (engine == "hf") != (model is None):
+        raise typer.BadParameter("--engine URL and --model NAME belong together; give both, or neither")
     with needs_extra("train"):
+        from credence.cli.served import Server
         from credence.training.evaluate import evaluate as measure
-    result = measure(directory, base, data, ood, ks, at_tau, batch_size=batch_size, resamples=resamples)
+    server = None
+    if model is not None:
+        server = Server(
+            connect=lambda: connection(engine, api_key_file, timeout_s), model=model, concurrency=concurrency
+        )
+    result = measure(directory, base, data, ood, ks, at_tau, batch_size=batch_size, resamples=resamples, server=server)
     write_json(json_file, result)
     if json_file != "-":
         columns = [name for name in EVAL_COLUMNS if any(entry[name] is not None for entry in result["results"])]

@@ -1,8 +1,10 @@
-"""Evaluation of an artifact in transformers + PEFT: accuracy, likelihood, calibration and out-of-distribution detection."""
+"""Evaluation of an artifact, in this process or by a running server: accuracy, likelihood, calibration, detection of unfamiliar rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -11,12 +13,45 @@ from credence.adapters.artifact import Artifact, load_artifact
 from credence.training import metrics
 from credence.training.data import read_data
 from credence.training.errors import MetricError
-from credence.training.predict import Factors, Predictor, Scores, score
-from credence.training.prompts import Example
-from credence.training.session import open_session
+from credence.training.predict import Factors, Prediction, Predictor, Scores, score
+from credence.training.prompts import Encoder, Example
+from credence.training.session import artifact_format, open_session
 
 Temperatures = dict[int, list[float]]
 OOD_SCORES = ("total", "epistemic", "confidence")
+
+
+class Engine(Protocol):
+    """What computes the predictions of an artifact's samples."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """Encodes the rows."""
+
+    def predict(self, examples: Sequence[Example], sizes: Sequence[int], tau: float) -> Iterator[Prediction]:
+        """Yields, for all rows in one or several parts and every K in ``sizes``, the average over the first K samples at ``tau``."""
+
+
+class EngineSource(Protocol):
+    """Where an engine comes from that is not transformers + PEFT in this process."""
+
+    def open(self, artifact: Artifact, base: str | Path, largest_k: int) -> AbstractContextManager[Engine]:
+        """Opens an engine of this artifact for up to ``largest_k`` samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineEngine:
+    """Transformers + PEFT in this process."""
+
+    predictor: Predictor
+    encoder: Encoder
+    artifact: Artifact
+
+    def predict(self, examples: Sequence[Example], sizes: Sequence[int], tau: float) -> Iterator[Prediction]:
+        """See :class:`Engine`; a batch of rows passes through the largest K once for all of ``sizes``."""
+        seed = self.artifact.config.default_seed
+        draws: list[Factors] = [self.artifact.draw(seed=seed, index=index, tau=tau) for index in range(max(sizes))]
+        return self.predictor.predict(examples, draws, sizes)
 
 
 def evaluate(
@@ -30,6 +65,7 @@ def evaluate(
     dtype: str | None = None,
     batch_size: int = 64,
     resamples: int = 0,
+    server: EngineSource | None = None,
 ) -> dict[str, Any]:
     """Evaluates the mean (K = 0) and averages of K samples, each at temperature 1 and at the fitted temperature.
 
@@ -39,12 +75,14 @@ def evaluate(
         ood: rows from elsewhere, of the same format; their labels are ignored.
         tau: posterior temperature of K > 0, or ``"fitted"``.
         resamples: bootstrap samples of the 95 % intervals; 0 computes none.
+        server: answers the rows (label and choice rows only); None evaluates in this process.
 
     Returns:
         ``credence eval --json``: adapter, data, and one result per K and temperature. A metric that is not defined on these data is None.
 
     Raises:
         ArtifactError, DataError, ModelError, MetricError: with the reason.
+        CredenceError: the server did not answer; see ``credence.clients.errors``.
     """
     ks = list(dict.fromkeys(ks))
     if not ks or min(ks) < 0:
@@ -53,15 +91,14 @@ def evaluate(
     taus = {k: artifact.config.fitted_tau(k) if tau == "fitted" else float(tau) for k in ks}
     taus = {k: value if k > 0 and artifact.has_posterior else 0.0 for k, value in taus.items()}
     temperatures = {k: [1.0, artifact.calibration.fitted_temperature(k)] for k in ks}
-    with open_session(artifact, base, dtype=dtype, batch_size=batch_size) as session:
-        file = read_data(data, expected=session.format)
-        examples = session.encoder.encode(file)
-        scores = _scores(session.predictor, artifact, examples, taus, temperatures)
-        ood_examples: list[Example] = []
-        ood_scores: dict[tuple[int, int], Scores] = {}
-        if ood is not None:
-            ood_examples = session.encoder.encode(read_data(ood, expected=session.format), answers=False)
-            ood_scores = _scores(session.predictor, artifact, ood_examples, taus, temperatures)
+    expected = artifact_format(artifact)
+    file = read_data(data, expected=expected)
+    ood_file = read_data(ood, expected=expected) if ood is not None else None
+    with _engine(artifact, base, server, max(ks), dtype, batch_size) as engine:
+        examples = engine.encoder.encode(file)
+        ood_examples = engine.encoder.encode(ood_file, answers=False) if ood_file is not None else []
+        scores = _scores(engine, artifact, examples, taus, temperatures)
+        ood_scores = _scores(engine, artifact, ood_examples, taus, temperatures) if ood_examples else {}
     results = []
     for k in ks:
         for index, temperature in enumerate(temperatures[k]):
@@ -157,24 +194,39 @@ def _ood_score(scores: Scores, name: str) -> list[float]:
     return [1 - value for value in values] if name == "confidence" else values
 
 
+@contextmanager
+def _engine(
+    artifact: Artifact,
+    base: str | Path,
+    server: EngineSource | None,
+    largest_k: int,
+    dtype: str | None,
+    batch_size: int,
+) -> Iterator[Engine]:
+    if server is not None:
+        with server.open(artifact, base, largest_k) as served:
+            yield served
+    else:
+        with open_session(artifact, base, dtype=dtype, batch_size=batch_size) as session:
+            yield OfflineEngine(predictor=session.predictor, encoder=session.encoder, artifact=artifact)
+
+
 def _scores(
-    predictor: Predictor,
+    engine: Engine,
     artifact: Artifact,
     examples: Sequence[Example],
     taus: dict[int, float],
     temperatures: Temperatures,
 ) -> dict[tuple[int, int], Scores]:
     """Scores by (K, index of the temperature). K's that share a tau share their samples and the passes over them."""
-    seed = artifact.config.default_seed
     result: dict[tuple[int, int], Scores] = {}
     for tau in dict.fromkeys(taus.values()):
         asked = [k for k in taus if taus[k] == tau]
         # K = 0 and any K at tau 0 are the mean: one pass. The members of an ensemble are so many and no more.
         most = artifact.num_distinct_samples or max(asked)
         sizes = {k: 1 if tau == 0 else min(k, most) for k in asked}
-        draws: list[Factors] = [artifact.draw(seed=seed, index=i, tau=tau) for i in range(max(sizes.values()))]
         parts: dict[tuple[int, int], list[Scores]] = {}
-        for prediction in predictor.predict(examples, draws, sorted(set(sizes.values()))):
+        for prediction in engine.predict(examples, sorted(set(sizes.values())), tau):
             for k in (k for k in asked if sizes[k] == prediction.k):
                 for index, temperature in enumerate(temperatures[k]):
                     parts.setdefault((k, index), []).append(score(prediction, temperature))

@@ -179,6 +179,12 @@ class Encoder:
             examples.append(example)
         return examples
 
+    def answer_texts(self, example: Example) -> list[str]:
+        """What a server of the artifact calls the candidates of a label or choice row: its labels, or the letters after the prompt."""
+        if self.space is not None:
+            return list(self.space.labels)
+        return [letter.text for letter in self._choice_letters(len(example.candidates))]
+
     def _encode(self, data: DataFile, row: Row, answers: bool) -> Example:
         fields = row.fields
         if self.format is DataFormat.LABEL:

@@ -38,27 +38,44 @@ def open_session(
     Raises:
         ModelError: the base model is not the adapter's, or the artifact does not say what data it was trained on.
     """
-    training = artifact.config.training
-    try:
-        data_format = DataFormat(training["format"])
-    except (KeyError, ValueError):
-        raise ModelError(
-            f"{artifact.path} does not record the data format it was trained on (posterior.json, training.format: "
-            f"{', '.join(DataFormat)}), so its rows cannot be encoded"
-        ) from None
-    tokenizer = load_tokenizer(base)
-    space = LabelSpace.from_record(training) if data_format is DataFormat.LABEL else None
+    training, data_format = artifact.config.training, artifact_format(artifact)
     dtype = dtype or training.get("config", {}).get("train", {}).get("dtype", "float32")
     model = load_base(base, dtype)
     settings = LoraSettings(
         r=artifact.config.rank, alpha=artifact.config.lora_alpha, target_modules=tuple(sorted(artifact.mean))
     )
-    encoder = Encoder(tokenizer, data_format, space=space, max_length=context_length(model))
+    encoder = artifact_encoder(artifact, base, max_length=context_length(model))
     model, sites = add_lora(model, settings)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     yield Session(
-        format=data_format, encoder=encoder, predictor=Predictor(model, sites, pad_token(tokenizer), batch_size)
+        format=data_format, encoder=encoder, predictor=Predictor(model, sites, pad_token(encoder.tokenizer), batch_size)
     )
+
+
+def artifact_format(artifact: Artifact) -> DataFormat:
+    """What the rows are that the artifact was trained on.
+
+    Raises:
+        ModelError: the artifact does not say.
+    """
+    try:
+        return DataFormat(artifact.config.training["format"])
+    except (KeyError, ValueError):
+        raise ModelError(
+            f"{artifact.path} does not record the data format it was trained on (posterior.json, training.format: "
+            f"{', '.join(DataFormat)}), so its rows cannot be encoded"
+        ) from None
+
+
+def artifact_encoder(artifact: Artifact, base: str | Path, *, max_length: int) -> Encoder:
+    """Encodes rows as in the artifact's training; reads the base model's tokenizer alone.
+
+    Raises:
+        ModelError: the tokenizer or the artifact's training record is not usable.
+    """
+    data_format = artifact_format(artifact)
+    space = LabelSpace.from_record(artifact.config.training) if data_format is DataFormat.LABEL else None
+    return Encoder(load_tokenizer(base), data_format, space=space, max_length=max_length)
 
 
 def pad_token(tokenizer: Any) -> int:

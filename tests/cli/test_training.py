@@ -111,7 +111,8 @@ def test_eval(credence: Command, monkeypatch: pytest.MonkeyPatch, given: tuple[s
     calls: list[Any] = []
     document = {"adapter": {}, "data": {}, "results": [RESULT | {"k": 0, "tau": 0.0}, RESULT]}
 
-    def measure(*arguments: Any, batch_size: int, resamples: int) -> dict[str, Any]:
+    def measure(*arguments: Any, batch_size: int, resamples: int, server: Any) -> dict[str, Any]:
+        assert server is None
         calls.append((*arguments, resamples))
         return document
 
@@ -137,3 +138,21 @@ def test_errors_of_the_packages_are_one_sentence(
     monkeypatch.setattr(evaluation, "evaluate", fail)
     outcome = credence("eval", "a", "--base", "b", "--data", "t")
     assert (outcome.code, outcome.err) == (1, f"credence: {error}\n")
+
+
+def test_eval_on_a_server_needs_its_address_and_a_name(credence: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers: list[Any] = []
+
+    def measure(*_: Any, server: Any, **__: Any) -> dict[str, Any]:
+        servers.append(server)
+        return {"results": [RESULT]}
+
+    monkeypatch.setattr(evaluation, "evaluate", measure)
+    ask = ("eval", "a", "--base", "b", "--data", "t")
+    assert credence(*ask, "--engine", "http://h:1", "--model", "m", "--concurrency", "3").code == 0
+    (server,) = servers
+    assert (server.model, server.concurrency) == ("m", 3)
+    for half in (("--engine", "http://h:1"), ("--model", "m")):
+        outcome = credence(*ask, *half)
+        assert outcome.code == 2 and "belong together" in outcome.err
+    assert len(servers) == 1

@@ -30,7 +30,12 @@ def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def make_base(
-    folder: Path, chat_template: str | None = None, *, hidden_size: int = 32, intermediate_size: int = 48
+    folder: Path,
+    chat_template: str | None = None,
+    *,
+    hidden_size: int = 32,
+    intermediate_size: int = 48,
+    context: int = 128,
 ) -> Path:
     """Writes a random two-layer Llama (4,000 parameters a layer) and its tokenizer."""
     torch.manual_seed(0)
@@ -41,7 +46,7 @@ def make_base(
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
         initializer_range=0.2,
         bos_token_id=None,
         eos_token_id=1,
