@@ -138,8 +138,9 @@ def page(command: str, agreement: Sequence[dict[str, Any]], speed: dict[str, Any
         "",
         f"`{command}`",
         "",
-        f"stories260K, float32, MonteCLoRA adapters of {ROWS['train']} rows and 100 steps, {speed['machine']}. Offline: transformers + PEFT "
-        f"in one process, {speed['threads']} threads. Served: `credence serve` with one compute thread, {DEFAULT_CONCURRENCY} requests under way.",
+        f"stories260K, float32, MonteCLoRA adapters of {ROWS['train']} rows and 100 steps, {speed['machine']}. "
+        f"Offline: transformers + PEFT in one process, {speed['threads']} threads. "
+        f"Served: `credence serve` with one compute thread, {DEFAULT_CONCURRENCY} requests under way.",
         "",
         "## Agreement",
         "",
