@@ -131,7 +131,7 @@ def _present(numbers: Sequence[float | None]) -> list[float]:
 
 def _reduced(asked: Reproduction) -> list[str]:
     parts = [f"at most {asked.rows} rows a file"] if asked.rows is not None else []
-    parts += [f"{asked.steps} steps a training"] if asked.steps is not None else []
+    parts += [f"{asked.steps} step{'s' if asked.steps > 1 else ''} a training"] if asked.steps is not None else []
     return [f"**A reduced run and no reproduction: {', '.join(parts)}.**", ""] if parts else []
 
 

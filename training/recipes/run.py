@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from credence.adapters.artifact import load_artifact
 from credence.training.config import TrainConfig
 from credence.training.data import DataFile, DataFormat, read_data
 from credence.training.errors import CheckpointError, ConfigError, DataError
@@ -292,15 +293,17 @@ def _train(asked: Reproduction, adapter: str, task: str, seed: int, files: Mappi
     train(asked.base, data["train"], data["validation"], method, output, config, seed, resume=True)
 
 
-def _evaluate(artifact: Path, base: str, test: Path, lines: list[Line]) -> dict[str, dict[str, float | None]]:
-    """Metrics of each line; lines of one tau share their samples."""
+def _evaluate(path: Path, base: str, test: Path, lines: list[Line]) -> dict[str, dict[str, float | None]]:
+    """Metrics of each line; all lines of an artifact in one evaluation."""
+    artifact = load_artifact(path)
+    ks, taus = sorted({line.k for line in lines}), list(dict.fromkeys(line.tau for line in lines))
+    results = evaluate(path, base, test, ks=ks, tau=taus)["results"]
     found = {}
-    for tau in dict.fromkeys(line.tau for line in lines):
-        shared = [line for line in lines if line.tau == tau]
-        results = evaluate(artifact, base, test, ks=sorted({line.k for line in shared}), tau=tau)["results"]
-        for line in shared:
-            plain, tempered = (entry for entry in results if entry["k"] == line.k)  # temperature 1, then the fitted one
-            found[line.label] = tempered if line.tempered else plain
+    for line in lines:
+        tau = artifact.config.fitted_tau(line.k) if line.tau == "fitted" else line.tau
+        at = (line.k, tau if line.k > 0 and artifact.has_posterior else 0.0)
+        plain, tempered = (entry for entry in results if (entry["k"], entry["tau"]) == at)  # temperature 1, then T
+        found[line.label] = tempered if line.tempered else plain
     return found
 
 

@@ -7,6 +7,7 @@ for every split, then ``credence data arc_easy arc_easy --output data/arc_easy``
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -73,7 +74,9 @@ def prepare(task: Task, source: str | Path, output: str | Path, seed: int = 0) -
     if cut:
         lines["train"], lines["validation"] = cut_off(lines["train"], min(HELD_OUT, len(lines["train"]) // 5), seed)
         if not lines["validation"]:
-            raise DataError("has fewer than 5 rows, so no validation rows can be cut off", file=parts["train"].path)
+            raise DataError(
+                "has too few different rows to cut validation rows off (5 or more are needed)", file=parts["train"].path
+            )
     written = {split: "".join(f"{line}\n" for line in lines[split]).encode() for split in task.files}
     document = {
         "task": task.name,
@@ -106,11 +109,14 @@ def prepare(task: Task, source: str | Path, output: str | Path, seed: int = 0) -
 def cut_off(lines: Sequence[str], count: int, seed: int) -> tuple[list[str], list[str]]:
     """Divides rows into what stays and what is cut off, each in the order of the file.
 
-    Rows are ranked by the SHA-256 of the seed and the row and the first ``count`` different ones are cut off, with their duplicates: the
-    parts have no row in common, and the order of the file does not matter.
+    Rows are ranked by the SHA-256 of the seed and the row, and the first ones are cut off, each with its duplicates, as long as they are
+    no more than ``count`` rows: the parts have no row in common, and the order of the file does not matter.
     """
-    ranks = {line: hashlib.sha256(f"{seed}\n{line}".encode()).hexdigest() for line in lines}
-    chosen = set(sorted(ranks, key=ranks.__getitem__)[:count])
+    copies, chosen, total = Counter(lines), set(), 0
+    for line in sorted(copies, key=lambda line: hashlib.sha256(f"{seed}\n{line}".encode()).hexdigest()):
+        if total + copies[line] <= count:
+            chosen.add(line)
+            total += copies[line]
     return [line for line in lines if line not in chosen], [line for line in lines if line in chosen]
 
 
