@@ -13,15 +13,15 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModel
 
 from credence.adapters.artifact import load_artifact
 from credence.training.config import TrainConfig
 from credence.training.data import DataFile, DataFormat, read_data
-from credence.training.errors import CheckpointError, ConfigError, DataError
+from credence.training.errors import CheckpointError, ConfigError, DataError, ModelError
 from credence.training.evaluate import evaluate
 from credence.training.loop import train
 from credence.training.modeling import context_length, load_tokenizer
@@ -101,8 +101,11 @@ def reproduce(asked: Reproduction, say: Callable[[str], None] = lambda line: Non
         ConfigError: an adapter or task is not the recipe's.
         CheckpointError: the output holds runs with other settings.
         DataError: there is no data at all, or a row is too long and ``drop_long`` is not set.
+        ModelError: the recipe is one of encoders.
     """
     recipe = asked.recipe
+    if recipe.encoder:
+        raise ModelError(f"{asked.name} is a table of encoders, which are not trained yet; choose another recipe")
     adapters = _chosen("--methods", asked.adapters, tuple(recipe.adapters))
     tasks = _chosen("--tasks", asked.tasks, recipe.tasks)
     missing = {name: problem for name in tasks if (problem := _problem(asked, name, recipe.train_on is None))}
@@ -184,7 +187,8 @@ class _Rows:
         config = asked.recipe.config(next(iter(asked.recipe.adapters)), asked.recipe.trained[0])
         self.template = config.data.template
         self.tokenizer = load_tokenizer(asked.base)
-        model = SimpleNamespace(config=AutoConfig.from_pretrained(asked.base, trust_remote_code=False))
+        with torch.device("meta"):  # its shape only
+            model = AutoModel.from_config(AutoConfig.from_pretrained(asked.base, trust_remote_code=False))
         self.max_length = min(config.train.max_length or sys.maxsize, context_length(model))
 
     def files(self, task: str) -> dict[str, Path]:
