@@ -104,6 +104,7 @@ def _document(
             {
                 "token": text,
                 "predicted": decode([int(scores.choice[position])]),
+                "correct": bool(scores.correct[position]),
                 "confidence": float(scores.confidence[position]),
                 "log_prob": float(scores.log_prob[position]),
                 "total": float(scores.total[position]),
