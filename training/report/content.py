@@ -4,6 +4,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from credence.training.evaluate import Evaluation
@@ -34,14 +35,26 @@ class Column:
         """A value as the table has it."""
         if value is None:
             return "–"
-        return f"{100 * value:.1f} %" if self.percent else f"{value:.3f}"
+        return _percent(value) if self.percent else f"{value:.3f}"
 
 
 COLUMNS = (
     Column(key="accuracy", title="accuracy", better=max, percent=True, meaning="share of right answers"),
-    Column(key="nll", title="NLL", better=min, meaning="mean negative log-likelihood of the right answer, nats: punishes confident errors"),
-    Column(key="ece15", title="ECE15", better=min, meaning="mean distance between confidence and share right, over 15 bins"),
-    Column(key="brier", title="Brier", better=min, meaning="mean squared distance of the probabilities from the truth, 0 to 2"),
+    Column(
+        key="nll",
+        title="NLL",
+        better=min,
+        meaning="mean negative log-likelihood of the right answer, nats: punishes confident errors",
+    ),
+    Column(
+        key="ece15", title="ECE15", better=min, meaning="mean distance between confidence and share right, over 15 bins"
+    ),
+    Column(
+        key="brier",
+        title="Brier",
+        better=min,
+        meaning="mean squared distance of the probabilities from the truth, 0 to 2",
+    ),
     Column(
         key="error_auroc",
         title="error AUROC",
@@ -56,7 +69,9 @@ COLUMNS = (
         percent=True,
         meaning="largest share that can be answered with at most 5 % errors",
     ),
-    Column(key="coverage_at_risk_10", title="coverage at 10 % risk", better=max, percent=True, meaning="the same with 10 %"),
+    Column(
+        key="coverage_at_risk_10", title="coverage at 10 % risk", better=max, percent=True, meaning="the same with 10 %"
+    ),
     Column(
         key="ood_auroc_total",
         title="OOD AUROC total",
@@ -149,7 +164,7 @@ def table(pairs: Sequence[Pair], shown: Sequence[Column], token_samples: Sequenc
         cells = []
         for column in shown:
             value, ends = document[column.key], document.get("intervals", {}).get(column.key)
-            interval = f"{column.text(ends[0]).removesuffix(' %')} to {column.text(ends[1])}" if ends else ""
+            interval = f"{column.text(ends[0]).removesuffix(' %')}–{column.text(ends[1])}" if ends else ""
             is_best = value is not None and len(documents) > 1 and column.text(value) == column.text(best[column.key])
             cells.append(Cell(column.text(value), interval, is_best))
         return Line(name, tau, temperature, tuple(cells))
@@ -187,28 +202,33 @@ def facts(evaluation: Evaluation, name: str, command: str | None) -> dict[str, s
 
 def sentences(evaluation: Evaluation, results: Results) -> list[str]:
     """The findings in plain words: the headline beside the scaled mean."""
-    (_, found), unit = results.headline, unit_of(evaluation)
-    name = entry_name(results.headline)
-    what = "the right answer" if unit == "row" else "the right next token"
-    lines = [f"{name} gives {what} for {found['accuracy']:.1%} of {len(results.headline[0].scores.row):,} {unit}s, at a mean confidence of {found['mean_confidence']:.1%}: "
-             f"confidence and share right differ by {100 * found['ece15']:.1f} points on average (ECE15)."]  # fmt: skip
-    if results.mean and results.headline[0].k:
+    (entry, found), unit = results.headline, unit_of(evaluation)
+    name, count = entry_name(results.headline), len(entry.scores.row)
+    what = "right answer" if unit == "row" else "right next token"
+    lines = [
+        f"{name} gives the {what} for {_percent(found['accuracy'])} of {count:,} {unit}{'s' if count > 1 else ''}, at a mean confidence of "
+        f"{_percent(found['mean_confidence'])}. Confidence and share right differ by {100 * found['ece15']:.1f} points on average (ECE15)."
+    ]
+    if results.mean and entry.k:
         bar = results.mean[-1]
         lines.append(
-            f"NLL is {found['nll']:.3f}, of the {entry_name(bar)} {bar[1]['nll']:.3f}: the temperature-scaled mean is the bar that samples "
-            f"have to pass, and here they are {'better' if found['nll'] < bar[1]['nll'] else 'no better'} by this number."
+            f"Its NLL is {found['nll']:.3f} nats, that of the {entry_name(bar)} {bar[1]['nll']:.3f}: a difference of "
+            f"{found['nll'] - bar[1]['nll']:+.3f} (negative: the samples are better). "
+            "The temperature-scaled mean is the bar to pass, because it costs nothing."
         )
-    covered = [f"{found[f'coverage_at_risk_{risk}']:.1%} at {risk} %" for risk in (5, 10)]
-    lines.append(f"If only confident answers are used, the share that can be answered is {covered[0]} errors and {covered[1]}.")
+    lines.append(
+        f"With at most 5 % errors {_percent(found['coverage_at_risk_5'])} of the {unit}s can be answered, with at most 10 % "
+        f"{_percent(found['coverage_at_risk_10'])}: the most confident ones."
+    )
     if found["error_auroc"] is not None:
         lines.append(
-            f"A wrong answer is less confident than a right one in {found['error_auroc']:.1%} of all pairs (50 % is chance)."
+            f"A wrong answer is less confident than a right one in {_percent(found['error_auroc'])} of all pairs (50 % is chance)."
         )
     if found["ood_auroc_total"] is not None:
         epistemic = found["ood_auroc_epistemic"]
-        also = f", by epistemic uncertainty in {epistemic:.1%}" if epistemic is not None else ""
+        also = f", by epistemic uncertainty in {_percent(epistemic)}" if epistemic is not None else ""
         lines.append(
-            f"A row from elsewhere is more uncertain than a test row in {found['ood_auroc_total']:.1%} of all pairs by total "
+            f"A row from elsewhere is more uncertain than a test row in {_percent(found['ood_auroc_total'])} of all pairs by total "
             f"uncertainty{also} (50 % is chance)."
         )
     return lines
@@ -243,12 +263,16 @@ def groups(evaluation: Evaluation, results: Results) -> tuple[list[Group], dict[
             answer=visible(_clipped(row["answer"])),
             predicted=None if row["predicted"] is None else visible(_clipped(row["predicted"], 200)),
             numbers={
-                "confidence": f"{row['confidence']:.1%}",
+                "confidence": _percent(row["confidence"]),
                 "total": f"{row['total']:.3f} nats",
                 **({"epistemic": f"{row['epistemic']:.4f} nats"} if "epistemic" in scores else {}),
             },
             top=tuple(
-                (visible(_clipped(found["answer"], 200)), found["prob"], not row["ood"] and found["answer"] == row["answer"])
+                (
+                    visible(_clipped(found["answer"], 200)),
+                    found["prob"],
+                    not row["ood"] and found["answer"] == row["answer"],
+                )
                 for found in row.get("top", ())
             ),
             tokens={name: _tokens(row["tokens"], name, tops[name]) for name in scores} if "tokens" in row else {},
@@ -257,14 +281,22 @@ def groups(evaluation: Evaluation, results: Results) -> tuple[list[Group], dict[
     scores = [name for name in ("epistemic", "total") if any(row[name] > 0 for row in rows)]
     found = []
     for name in scores:
-        meaning = "the samples disagree most: what the adapter has not learned" if name == "epistemic" else "the averaged answer is least decided"
-        ranked = sorted(inside, key=lambda row, name=name: -row[name])[:EXAMPLES]
+        meaning = (
+            "the samples disagree most: what the adapter has not learned"
+            if name == "epistemic"
+            else "the averaged answer is least decided"
+        )
+        ranked = sorted(inside, key=itemgetter(name), reverse=True)[:EXAMPLES]
         found.append(Group(f"Most uncertain by {name}", f"Test rows of which {meaning}.", tuple(map(example, ranked))))
     wrong = sorted((row for row in inside if not row["correct"]), key=lambda row: -_wrong_confidence(row))[:EXAMPLES]
     note = "Test rows answered wrongly with the largest confidence." if unit_of(evaluation) == "row" else (
         "Test rows with the most confident wrong token: the adapter was sure of another one."
     )  # fmt: skip
-    found.append(Group("Most confidently wrong", note if wrong else "No test row is answered wrongly.", tuple(map(example, wrong))))
+    found.append(
+        Group(
+            "Most confidently wrong", note if wrong else "No test row is answered wrongly.", tuple(map(example, wrong))
+        )
+    )
     if outside:
         sure = sorted(outside, key=lambda row: row["total"])[:EXAMPLES]
         note = "OOD rows with the smallest total uncertainty: nothing warns of these."
@@ -280,6 +312,10 @@ def visible(text: str) -> str:
         else character
         for character in text
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _clipped(text: str, most: int = MAX_TEXT) -> str:
@@ -307,8 +343,12 @@ def _tokens(tokens: Sequence[Mapping[str, Any]], name: str, top: float) -> tuple
         Token(
             visible(token["token"]) or "∅",
             min(int(LEVELS * token[name] / top), LEVELS - 1) if top else 0,
-            f"{name} {token[name]:.3f} nats; probability {math.exp(token['log_prob']):.1%}; "
-            + ("the most likely token" if token["correct"] else f"more likely: {visible(token['predicted'])!r}, {token['confidence']:.1%}"),
+            f"{name} {token[name]:.3f} nats; probability {_percent(math.exp(token['log_prob']))}; "
+            + (
+                "the most likely token"
+                if token["correct"]
+                else f"more likely: {visible(token['predicted'])!r}, {_percent(token['confidence'])}"
+            ),
         )
         for token in tokens[:MAX_TOKENS]
     ]

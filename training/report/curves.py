@@ -76,7 +76,9 @@ class Results:
     def over_tau(self, metric: str) -> list["Series"]:
         """A metric against tau at the headline's K; at temperature 1, because the fitted temperature belongs to the fitted tau."""
         pairs = [pair for pair in self.all if pair[0].k == self.headline[0].k][::2]
-        points = [_point(entry.tau, document, metric) for entry, document in sorted(pairs, key=lambda pair: pair[0].tau)]
+        points = [
+            _point(entry.tau, document, metric) for entry, document in sorted(pairs, key=lambda pair: pair[0].tau)
+        ]
         return [Series("T = 1", points)] if any(point.value is not None for point in points) else []
 
 

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -16,6 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from credence.training.evaluate import Entry
 from credence.training.report import curves
 from credence.training.report.curves import Results, Series
 
@@ -106,26 +108,26 @@ def pictures(results: Results, unit: str) -> Iterator[Picture]:
         unit: what one prediction is, "row" or "token".
     """
     headline, has_ood = results.headline[0], results.headline[0].ood is not None
-    name, shown = entry_name(results.headline), _compared(results)
+    headline_name, shown = entry_name(results.headline), _compared(results)
     yield Picture(
         "reliability",
         "Does a confidence of 80 % mean 80 % right?",
         f"Reliability diagram in the 15 bins of the ECE. On the diagonal the confidence is right; below it the adapter promises too "
-        f"much. Below: how many {unit}s of {name} lie in each bin.",
-        _draw("reliability", lambda figure: _reliability(figure, shown, unit), 3.6),
+        f"much. Below: how many {unit}s of {headline_name} lie in each bin.",
+        _draw("reliability", partial(draw_reliability, shown=shown, unit=unit), 3.6),
     )
     yield Picture(
         "confidence",
         "Are wrong answers less confident?",
-        f"Confidence of right and wrong {unit}s, {name}. Good: right ones at the right end, wrong ones at the left.",
-        _draw("confidence", lambda figure: _confidence(figure, headline, unit)),
+        f"Confidence of right and wrong {unit}s, {headline_name}. Good: right ones at the right end, wrong ones at the left.",
+        _draw("confidence", partial(draw_confidence, entry=headline, unit=unit)),
     )
     yield Picture(
         "risk-coverage",
         "How many errors if only confident answers are used?",
         f"Error rate of the most confident share of the {unit}s. Lower is better; a curve that falls to the left means that confidence "
         "can be used to pass hard cases on.",
-        _draw("risk-coverage", lambda figure: _risk_coverage(figure, shown)),
+        _draw("risk-coverage", partial(draw_risk_coverage, shown=shown)),
     )
     if has_ood:
         for score, meaning in (
@@ -136,30 +138,35 @@ def pictures(results: Results, unit: str) -> Iterator[Picture]:
                 yield Picture(
                     f"ood-{score}",
                     f"Do rows from elsewhere look unfamiliar? ({score})",
-                    f"{score.capitalize()} uncertainty of test and OOD rows ({meaning}), {name}. The less they overlap, the better it "
-                    f"finds foreign rows: AUROC {results.headline[1][f'ood_auroc_{score}']:.3f} (0.5 is chance).",
-                    _draw(f"ood-{score}", lambda figure, score=score: _ood(figure, headline, score)),
+                    f"{score.capitalize()} uncertainty of test and OOD rows ({meaning}), {headline_name}. The less they overlap, the "
+                    f"better it finds foreign rows: AUROC {results.headline[1][f'ood_auroc_{score}']:.3f} (0.5 is chance).",
+                    _draw(f"ood-{score}", partial(draw_ood, entry=headline, score=score)),
                 )
     means = {entry_name(pair): pair[1] for pair in results.mean}
-    for metric, (title, direction) in SWEPT.items():
-        series = results.over_k(metric)
-        if len(results.sample_counts) > 1 and series:
-            yield Picture(
-                f"k-{metric.replace('_', '-')}",
-                f"{title} against K",
-                f"{direction.capitalize()}. K is the number of samples averaged; horizontal lines are the mean adapter.",
-                _draw(f"k-{metric}", lambda figure, s=series, t=title, m=metric: _sweep(figure, s, t, "samples K", m, means)),
-            )
+    unscaled = {name: document for name, document in means.items() if document["temperature"] == 1}
+    lines = "; horizontal lines are the mean adapter" if means else ""
     taus = {entry.tau for entry, _ in results.all if entry.k == headline.k}
-    for metric, (title, direction) in SWEPT.items():
-        series = results.over_tau(metric)
-        if len(taus) > 1 and series:
-            yield Picture(
-                f"tau-{metric.replace('_', '-')}",
-                f"{title} against tau",
-                f"{direction.capitalize()}. tau scales the posterior's variance; K = {headline.k}, T = 1.",
-                _draw(f"tau-{metric}", lambda figure, s=series, t=title, m=metric: _sweep(figure, s, t, "tau", m, {})),
-            )
+    sweeps = (
+        ("K", "samples K", "K is the number of samples averaged", results.over_k, len(results.sample_counts), means),
+        (
+            "tau",
+            "tau",
+            f"tau scales the posterior's variance, K = {headline.k}, T = 1",
+            results.over_tau,
+            len(taus),
+            unscaled,
+        ),
+    )
+    for what, label, meaning, over, count, bars in sweeps:
+        for metric, (title, direction) in SWEPT.items() if count > 1 else ():
+            series, name = over(metric), f"{what.lower()}-{metric.replace('_', '-')}"
+            if series:
+                yield Picture(
+                    name,
+                    f"{title} against {what}",
+                    f"{direction.capitalize()}. {meaning}{lines}.",
+                    _draw(name, partial(draw_sweep, series=series, title=title, what=label, metric=metric, means=bars)),
+                )
 
 
 def entry_name(pair: curves.Pair) -> str:
@@ -215,7 +222,8 @@ def _order(index: int, count: int) -> int:
     return (index + 1) % count
 
 
-def _reliability(figure: Figure, shown: list[curves.Pair], unit: str) -> None:
+def draw_reliability(figure: Figure, shown: list[curves.Pair], unit: str) -> None:
+    """Share right against confidence of every entry, and how many predictions of the last one lie in each bin."""
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot((0, 1), (0, 1), color=KEYS["muted"], linewidth=1, linestyle=(0, (1, 2)))
     for index, pair in enumerate(shown):
@@ -223,7 +231,7 @@ def _reliability(figure: Figure, shown: list[curves.Pair], unit: str) -> None:
         upper.plot(*zip(*filled, strict=True), **_line(_order(index, len(shown))), label=entry_name(pair))
     for found in curves.bins(shown[-1][0].scores):
         width = found.high - found.low
-        lower.bar(found.low, found.count, width * 0.9, align="edge", color=KEYS["blue"], gid=f"count-{found.count}")
+        lower.bar(found.low, found.count, width * 0.9, align="edge", color=KEYS["blue"])
     upper.set(ylim=(-0.03, 1.03), xlim=(0, 1), ylabel="share right")
     lower.set(xlabel="confidence", ylabel=f"{unit}s")
     for axis in (upper, lower):
@@ -233,7 +241,8 @@ def _reliability(figure: Figure, shown: list[curves.Pair], unit: str) -> None:
     _finish(lower, legend=False)
 
 
-def _confidence(figure: Figure, entry: Any, unit: str) -> None:
+def draw_confidence(figure: Figure, entry: Entry, unit: str) -> None:
+    """Right and wrong predictions by confidence, one on the other."""
     axis = figure.subplots()
     for found in curves.bins(entry.scores):
         width, wrong = found.high - found.low, found.count - found.right
@@ -248,7 +257,8 @@ def _confidence(figure: Figure, entry: Any, unit: str) -> None:
     _finish(axis)
 
 
-def _risk_coverage(figure: Figure, shown: list[curves.Pair]) -> None:
+def draw_risk_coverage(figure: Figure, shown: list[curves.Pair]) -> None:
+    """Error rate of the most confident share, of every entry."""
     axis = figure.subplots()
     for index, pair in enumerate(shown):
         style = {**_line(_order(index, len(shown))), "markevery": 0.2}
@@ -262,7 +272,9 @@ def _risk_coverage(figure: Figure, shown: list[curves.Pair]) -> None:
     _finish(axis)
 
 
-def _ood(figure: Figure, entry: Any, score: str) -> None:
+def draw_ood(figure: Figure, entry: Entry, score: str) -> None:
+    """A score of test rows and of rows from elsewhere."""
+    assert entry.ood is not None
     axis = figure.subplots()
     edges, (inside, outside) = curves.histograms((entry.scores, entry.ood), score)
     axis.stairs(inside, edges, fill=True, color=KEYS["blue"], alpha=0.35)
@@ -273,7 +285,7 @@ def _ood(figure: Figure, entry: Any, score: str) -> None:
     _finish(axis)
 
 
-def _sweep(
+def draw_sweep(
     figure: Figure, series: list[Series], title: str, what: str, metric: str, means: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """A metric over K or tau, both at equal distances: they are chosen on a logarithmic grid, and tau may be 0."""
@@ -283,13 +295,13 @@ def _sweep(
         if document[metric] is not None:
             axis.axhline(document[metric], color=KEYS["grey"], linestyle=style, linewidth=1.6, label=name)
     for index, line in enumerate(series):
-        points = [point for point in line.points if point.value is not None]
-        axis.plot([positions[point.x] for point in points], [point.value for point in points], **_line(index), label=line.name)
-        ends = [(positions[point.x], *point.interval) for point in points if point.interval is not None]
+        points = [(positions[point.x], point.value) for point in line.points if point.value is not None]
+        axis.plot(*zip(*points, strict=True), **_line(index), label=line.name)
+        ends = [(positions[point.x], *point.interval) for point in line.points if point.interval is not None]
         if ends:
             x, low, high = zip(*ends, strict=True)
             axis.fill_between(x, low, high, color=KEYS[STYLES[index][0]], alpha=0.13, linewidth=0)
-    axis.set_xticks(list(positions.values()), [f"{x:.3g}" for x in positions])
+    axis.set_xticks(list(positions.values()), [f"{float(f'{x:.3g}'):,.10g}" for x in positions])
     axis.set(xlabel=what, ylabel=title)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     _finish(axis)
