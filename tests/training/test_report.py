@@ -376,6 +376,8 @@ def test_tokens_carry_their_numbers_without_colour(artifact: Artifact, tmp_path:
     notes = re.findall(r'<span class="u[0-4]" title="([^"]*)">', first)
     assert len(notes) > 3 and all(re.match(r"total [\d.]+ nats; probability [\d.]+ %; ", note) for note in notes)
     assert ("epistemic, nats:" in page) == (k > 1)
+    # Tokens that are parts of a character have no text of their own; the whole stands beside them.
+    assert "\ufffd" in page and "é 👩‍👧" in found.of("span", "value")
     assert "&lt;" in page and "<b>two" not in page and "\u202e" not in page
 
 
