@@ -4,8 +4,9 @@
 
 For a label task (clinc_domains) and a choice task (arc_easy) an adapter of stories260K is trained, released and evaluated twice over the
 same rows at K = 0 and K = 10: in this process with transformers + PEFT, and by `credence serve` through the client. Compared are every
-prediction and every metric. Then both answer the label rows at K = 10 in interleaved rounds. DIR of --models holds stories260K/, DIR of
---data the tasks' folders; --work keeps the adapters.
+prediction and every metric. Then both answer label rows at K = 10 in interleaved rounds, with stories260K and with a random model of
+95 million parameters that has its tokenizer (--large-rows of them). DIR of --models holds stories260K/, DIR of --data the tasks' folders;
+--work keeps the adapters.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import os
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import torch
 
 from credence.benchmarks.measure import Measurement, OtherWork, interleave, machine, timed, usable_cores, wait_idle
 from credence.benchmarks.servers import ADAPTER, EngineSettings, Target, credence_server
-from credence.benchmarks.workload import Workload, given_workload
+from credence.benchmarks.workload import ModelShape, given_workload, random_workload
 from credence.cli.served import DEFAULT_CONCURRENCY, Server
 from credence.clients import Client
 from credence.training.config import load_config
@@ -36,8 +39,9 @@ TASKS = ("clinc_domains", "arc_easy")
 K = 10
 CONTEXT = 512
 ROWS = {"train": 300, "validation": 120, "ood": 100}
-BATCH_SIZES = (64, 16)
-"""Rows per forward pass of the offline loop; 64 is the default of `credence eval`."""
+BATCH_SIZES = (64, 16, 1)
+"""Rows per forward pass of the offline loop; 64 is the default of `credence eval`, 1 is a loop over the rows."""
+LARGE = ModelShape(vocab_size=512)
 SETTINGS = [
     "train.max_steps=100",
     "train.batch_size=16",
@@ -47,15 +51,19 @@ SETTINGS = [
     f"release.ks=[{K}]",
     "release.taus=[1, 10, 100]",
 ]
+LARGE_SETTINGS = [*SETTINGS, "train.max_steps=2", "train.batch_size=4", "release.max_rows=8", "release.taus=[1]"]
 RESULTS = Path(__file__).parent / "results"
 
 
-def prepare(task: str, rows: int, models: Path, data: Path, work: Path) -> tuple[Path, dict[str, Path]]:
-    """Trains and releases the adapter unless --work has it; returns it and the files of its rows.
+def prepare(
+    task: str, rows: int, base: Path, data: Path, work: Path, settings: Sequence[str]
+) -> tuple[Path, dict[str, Path]]:
+    """Trains and releases the adapter unless ``work`` has it; returns it and the files of its rows.
 
     Rows whose prompt does not fit the model's context are left out: an evaluation refuses them.
     """
-    tokenizer = load_tokenizer(models / "stories260K")
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(base)
     files = {}
     for part, count in {**ROWS, "test": rows}.items():
         source = data / task / f"{part}.jsonl"
@@ -68,13 +76,21 @@ def prepare(task: str, rows: int, models: Path, data: Path, work: Path) -> tuple
         files[part].write_text("\n".join(map(json.dumps, fitting[:count])) + "\n")
     adapter = work / task
     if not adapter.exists():
-        base = models / "stories260K"
-        train(base, files["train"], files["validation"], "monteclora", adapter, load_config(None, SETTINGS), 0)
+        train(base, files["train"], files["validation"], "monteclora", adapter, load_config(None, settings), 0)
     return adapter, files
 
 
 def _prompt(row: dict[str, Any]) -> str:
     return choice_prompt(row["prompt"], row["choices"]) if "choices" in row else f"Text: {row['text']}\nLabel:"
+
+
+def large_base(tokenizer_of: Path, folder: Path) -> Path:
+    """A random model with a tokenizer that has one-token answer letters; speed does not depend on the weights."""
+    if not folder.exists():
+        made = random_workload(folder.parent / "random", LARGE, max_length=CONTEXT).base
+        load_tokenizer(tokenizer_of).save_pretrained(made)
+        made.rename(folder)
+    return folder
 
 
 def differences(offline: Evaluation, served: Evaluation) -> list[dict[str, Any]]:
@@ -115,10 +131,8 @@ def compare(task: str, adapter: Path, files: dict[str, Path], base: Path, server
     return [{"task": task, **row} for row in rows]
 
 
-def throughput(
-    adapter: Path, base: Path, rows: Path, target: Target, server: Server, rounds: int
-) -> tuple[dict[str, list[Measurement]], float]:
-    """Wall and processor time of both, in interleaved rounds, and the share of the machine that others used."""
+def throughput(adapter: Path, base: Path, rows: Path, target: Target, server: Server, rounds: int) -> dict[str, Any]:
+    """Wall and processor time of both, medians of interleaved rounds, and the share of the machine that others used."""
     own, everything = [os.getpid()], [os.getpid(), *target.pids]
 
     def offline(batch_size: int) -> Callable[[], Measurement]:
@@ -128,18 +142,27 @@ def throughput(
     work["served"] = lambda: timed(lambda: measure(adapter, base, rows, ks=(K,), server=server), everything)
     with OtherWork(everything) as others:
         found = interleave(work, rounds=rounds, between=lambda: wait_idle(target.pids), progress=print)
-    return found, others.share
+    wall = {name: statistics.median(m.wall_ms for m in runs) / 1000 for name, runs in found.items()}
+    cpu = {name: statistics.median(m.cpu_ms for m in runs) / 1000 for name, runs in found.items()}
+    return {
+        "rows": len(rows.read_text().splitlines()),
+        "other_work": others.share,
+        "results": {
+            name: {"wall_s": wall[name], "cpu_s": cpu[name], "ratio": wall[name] / wall["served"]} for name in work
+        },
+    }
 
 
-def page(command: str, agreement: Sequence[dict[str, Any]], speed: dict[str, Any]) -> str:
-    """The two tables."""
+def page(command: str, agreement: Sequence[dict[str, Any]], speeds: dict[str, dict[str, Any]], rounds: int) -> str:
+    """The tables of agreement and of speed."""
     lines = [
         "# A running server evaluates as the offline loop does",
         "",
         f"`{command}`",
         "",
-        f"stories260K, float32, MonteCLoRA adapters of {ROWS['train']} rows and 100 steps, {speed['machine']}. "
-        f"Offline: transformers + PEFT in one process, {speed['threads']} threads. "
+        f"{datetime.now(UTC).date().isoformat()}; stories260K, float32, MonteCLoRA adapters of {ROWS['train']} rows and 100 steps, "
+        f"{machine()}. "
+        f"Offline: transformers + PEFT in one process, {usable_cores()} threads. "
         f"Served: `credence serve` with one compute thread, {DEFAULT_CONCURRENCY} requests under way.",
         "",
         "## Agreement",
@@ -156,18 +179,22 @@ def page(command: str, agreement: Sequence[dict[str, Any]], speed: dict[str, Any
         )
     lines += [
         "",
-        f"## Speed: {speed['rows']} label rows at K = {K}",
+        "## Speed",
         "",
-        f"Medians of {speed['rounds']} interleaved rounds; other work took {speed['other_work']:.0%} of the machine's processors. "
-        "Loading the model is in the offline times (seconds), starting the server is not in the served ones.",
-        "",
-        "| | wall, s | rows per second | processor time, s | wall against served |",
-        "|---|---|---|---|---|",
+        f"Label rows of {TASKS[0]} at K = {K}, medians of {rounds} interleaved rounds. Loading the model (seconds) is in the offline "
+        "times, starting the server is not in the served ones.",
     ]
-    for name, row in speed["results"].items():
-        lines.append(
-            f"| {name} | {row['wall_s']:.1f} | {speed['rows'] / row['wall_s']:.0f} | {row['cpu_s']:.1f} | {row['ratio']:.2f} |"
-        )
+    for name, speed in speeds.items():
+        lines += [
+            "",
+            f"{name}, {speed['rows']} rows; other work took {speed['other_work']:.0%} of the machine's processors meanwhile.",
+            "",
+            "| | wall, s | rows per second | processor time, s | wall against served |",
+            "|---|---|---|---|---|",
+        ]
+        for how, row in speed["results"].items():
+            rate = speed["rows"] / row["wall_s"]
+            lines.append(f"| {how} | {row['wall_s']:.1f} | {rate:.1f} | {row['cpu_s']:.1f} | {row['ratio']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -178,52 +205,50 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--large-rows", type=int, default=100, help="rows of the large model; 0 for none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/served_evaluation.{json,md}")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(usable_cores())
     base = options.models / "stories260K"
-    settings = EngineSettings(dtype="float32", max_length=CONTEXT, max_samples=K, threads=1)
     agreement: list[dict[str, Any]] = []
-    speed: dict[str, Any] = {}
+    speeds: dict[str, dict[str, Any]] = {}
     for task in TASKS:
-        adapter, files = prepare(task, options.rows, options.models, options.data, options.work)
-        workload: Workload = given_workload(base, adapter)
-        with (
-            tempfile.TemporaryDirectory(prefix="credence-bench-") as scratch,
-            credence_server(workload, settings, Path(scratch) / "log", print) as target,
-        ):
-            server = Server(connect=lambda url=target.url: Client(url, timeout_s=600), model=ADAPTER)  # type: ignore[misc]
+        adapter, files = prepare(task, options.rows, base, options.data, options.work, SETTINGS)
+        with served(base, adapter) as (target, server):
             agreement += compare(task, adapter, files, base, server)
             print(json.dumps(agreement[-4:], indent=1))
             if task == TASKS[0]:
-                found, share = throughput(adapter, base, files["test"], target, server, options.rounds)
-                wall = {name: statistics.median(m.wall_ms for m in runs) / 1000 for name, runs in found.items()}
-                speed = {
-                    "machine": machine(),
-                    "threads": usable_cores(),
-                    "rows": len(files["test"].read_text().splitlines()),
-                    "rounds": options.rounds,
-                    "other_work": share,
-                    "results": {
-                        name: {
-                            "wall_s": wall[name],
-                            "cpu_s": statistics.median(m.cpu_ms for m in runs) / 1000,
-                            "ratio": wall[name] / wall["served"],
-                        }
-                        for name, runs in found.items()
-                    },
-                }
-                print(json.dumps(speed, indent=1))
+                speeds["stories260K"] = throughput(adapter, base, files["test"], target, server, options.rounds)
+    if options.large_rows:
+        base = large_base(base, options.work / "large")
+        adapter, files = prepare(
+            TASKS[0], options.large_rows, base, options.data, options.work / "of-large", LARGE_SETTINGS
+        )
+        with served(base, adapter) as (target, server):
+            millions = given_workload(base, adapter).num_parameters / 1e6
+            speeds[f"Random model of {millions:.0f} million parameters"] = throughput(
+                adapter, base, files["test"], target, server, options.rounds
+            )
     command = "python benchmarks/served_evaluation.py --models MODELS --data DATA --work WORK"
-    command += f" --rows {options.rows} --rounds {options.rounds}"
-    text = page(command, agreement, speed)
+    command += f" --rows {options.rows} --large-rows {options.large_rows} --rounds {options.rounds}"
+    text = page(command, agreement, speeds, options.rounds)
     print(text)
     if options.write:
         (RESULTS / "served_evaluation.md").write_text(text)
-        document = {"command": command, "agreement": agreement, "speed": speed}
+        document = {"command": command, "machine": machine(), "agreement": agreement, "speed": speeds}
         (RESULTS / "served_evaluation.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+@contextmanager
+def served(base: Path, adapter: Path) -> Iterator[tuple[Target, Server]]:
+    """Our server with this adapter."""
+    settings = EngineSettings(dtype="float32", max_length=CONTEXT, max_samples=K, threads=1)
+    with (
+        tempfile.TemporaryDirectory(prefix="credence-bench-") as scratch,
+        credence_server(given_workload(base, adapter), settings, Path(scratch) / "log", print) as target,
+    ):
+        yield target, Server(connect=lambda: Client(target.url, timeout_s=600), model=ADAPTER)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from credence.cli import artifact, bench, complete, importer, score, serve, training
+from credence.cli import artifact, bench, complete, export, harness, importer, score, serve, training
 from credence.cli.output import CommandError
 
 FAILED = 1
@@ -35,6 +35,10 @@ app.command(
 )(serve.serve)
 app.command("complete")(complete.complete)
 app.command("score")(score.score)
+app.command("export")(export.export)
+app.command(
+    "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)(harness.lm_eval)
 app.add_typer(bench.app, name="bench")
 
 

@@ -174,7 +174,10 @@ def table(pairs: Sequence[Pair], shown: Sequence[Column], token_samples: Sequenc
             line(f"K = {e.k}" if e.k else "mean", f"{e.tau:.4g}" if e.k else "–", f"{e.temperature:.3g}", document)
             for e, document in pairs
         ),
-        *(line(f"{entry.k} tokens of the mean", "–", "1", document) for entry, document in token_samples),
+        *(
+            line(f"{entry.k} token{'s' if entry.k > 1 else ''} of the mean", "–", "1", document)
+            for entry, document in token_samples
+        ),
     ]
 
 
