@@ -1,5 +1,6 @@
 """`credence train`, `credence release` and `credence eval`."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from credence.cli.ask import DEFAULT_TIMEOUT_S, ApiKeyFileOption, TimeoutOption, connection
-from credence.cli.output import JsonOption, needs_extra, print_table, say, write_json, write_lines
+from credence.cli.output import JsonOption, make_folder, needs_extra, print_table, say, write_json, write_lines
 
 if TYPE_CHECKING:
     from credence.training.release import ReleaseResult
@@ -153,6 +154,9 @@ def evaluate(
     rows_file: Annotated[
         Path | None, typer.Option("--rows", metavar="FILE", help="Write every row's scores (JSON Lines).")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="DIR", help="Write a page and a Markdown file with figures.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure accuracy, likelihood and calibration.
@@ -163,6 +167,7 @@ def evaluate(
     \b
     Example:
       credence eval out/triage --base models/base --data test.jsonl --ood other.jsonl --k 0,10 --json result.json
+      credence eval out/triage --base models/base --data test.jsonl --k 0,1,2,4,8,16,32 --bootstrap 1000 --report out/report
       credence eval out/triage --base models/base --data test.jsonl --engine http://localhost:8000 --model triage
     """
     ks, taus = _parse_ks(k), _parse_taus(tau)
@@ -172,6 +177,11 @@ def evaluate(
         from credence.cli.served import Server
         from credence.training.evaluate import measure
         from credence.training.rows import row_documents
+    if report is not None:
+        # Before the work starts: neither a missing package nor a folder that cannot be written shall cost an evaluation.
+        with needs_extra("report"):
+            from credence.training.report.write import write_report
+        make_folder(report, "--report")
     server = None
     if model is not None:
         server = Server(
@@ -184,6 +194,12 @@ def evaluate(
         write_lines(rows_file, "--rows", row_documents(evaluation))
     result = evaluation.document(resamples)
     write_json(json_file, result)
+    if report is not None:
+        command = shlex.join(["credence", *sys.argv[1:]])
+        say(
+            json_file,
+            f"wrote {write_report(report, evaluation, result, name=directory.resolve().name, command=command)}",
+        )
     if json_file != "-":
         entries = [*result["results"], *result.get("token_samples", [])]
         columns = [name for name in EVAL_COLUMNS if any(entry[name] is not None for entry in entries)]
