@@ -420,6 +420,7 @@ def _rewrite(artifact: Artifact, path: str | Path, result: ReleaseResult, data: 
         metrics=measured,
         card=lambda sizes: model_card(config, result.calibration, measured, sizes),
         run_config=artifact.run_config,
+        head=artifact.head,
         replace=True,
     )
 
