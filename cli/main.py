@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from credence.cli import artifact, bench, complete, importer, score, serve, training
+from credence.cli import artifact, bench, complete, importer, robustness, score, serve, training
 from credence.cli.output import CommandError
 
 FAILED = 1
@@ -29,6 +29,7 @@ app.command("inspect")(artifact.inspect)
 app.command("draw")(artifact.draw)
 app.command("merge")(artifact.merge)
 app.command("eval")(training.evaluate)
+app.command("robustness")(robustness.robustness)
 app.command(
     "serve",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},
