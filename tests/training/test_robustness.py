@@ -1,6 +1,7 @@
 """The grid of runs (kept, resumed, in processes, refused) and its summary against numbers worked out by hand."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from credence.training import robustness
 from credence.training.errors import CheckpointError, ConfigError, TrainingError
@@ -122,6 +124,24 @@ def test_a_failed_cell_is_kept_with_its_reason(study: Callable[..., Study], trai
     trained.cells.clear()
     run(one, tmp_path / "grid", say=lines.append)
     assert trained.cells == [], "a failure is a result"
+
+
+class Blown(TrainerCallback):  # type: ignore[misc]
+    """Makes the adapter infinite after the last loss was seen."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in kwargs["model"].parameters():
+            if parameter.requires_grad:
+                parameter.data.fill_(float("inf"))
+
+
+def test_an_adapter_that_the_last_step_blew_up_is_a_failed_cell(
+    study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(robustness, "train", functools.partial(robustness.train, callbacks=[Blown()]))
+    one = study(Grid(learning_rates={"map": (0.01,)}, batch_sizes=(4,)))
+    (cell,) = run(one, tmp_path / "grid", say=lambda _: None).values()
+    assert cell["failed"].startswith("the held-out NLL is nan at tau 0: lower train.learning_rate")
 
 
 def test_an_error_that_is_no_result_is_tried_again(
