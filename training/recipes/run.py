@@ -105,9 +105,9 @@ def reproduce(asked: Reproduction, say: Callable[[str], None] = lambda line: Non
     """
     recipe = asked.recipe
     if recipe.encoder != is_encoder(asked.base):
-        needed, found = ("an encoder", "none") if recipe.encoder else ("a causal language model", "an encoder")
+        needed, given = ("an encoder", "none") if recipe.encoder else ("a causal language model", "an encoder")
         raise ModelError(
-            f"{asked.name} needs {needed} such as {recipe.base}, and {asked.base} is {found}; give another --base"
+            f"{asked.name} needs {needed} such as {recipe.base}, and {asked.base} is {given}; give another --base"
         )
     adapters = _chosen("--methods", asked.adapters, tuple(recipe.adapters))
     tasks = _chosen("--tasks", asked.tasks, recipe.tasks)
