@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from credence.adapters.calibration import probability_correct
 from credence.adapters.config import BeforeAfter, IsotonicMap, PlattMap
 from credence.training.errors import MetricError
-from credence.training.generate import generate_greedily
+from credence.training.generate import generate
 from credence.training.predict import Factors, Predictor
 from credence.training.prompts import Example
 
@@ -94,7 +94,7 @@ class Answers:
         if not self.examples:
             reason = f"no held-out reference has at most release.max_new_tokens = {self.max_new_tokens} tokens"
             return MapResult(rows=0, correct=0, reason=reason)
-        texts = generate_greedily(
+        texts = generate(
             predictor,
             [example.prompt for example in self.examples],
             draws,

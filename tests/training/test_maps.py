@@ -13,7 +13,7 @@ from credence.adapters import IsotonicMap, PlattMap, load_artifact, probability_
 from credence.adapters.posterior import LoraFactors
 from credence.training.config import LoraSettings
 from credence.training.errors import MetricError
-from credence.training.generate import generate_greedily, stop_tokens
+from credence.training.generate import generate, stop_tokens
 from credence.training.loop import train
 from credence.training.maps import Answers, fit_map, normalise_text, platt
 from credence.training.modeling import add_lora, get_factors, load_base, load_tokenizer, set_factors
@@ -67,7 +67,7 @@ def test_greedy_texts_equal_a_slow_reference(predictor: Predictor) -> None:
     draws, steps = draws_of(predictor), 6
     expected = [slow_greedy(predictor, prompt, draws, steps, 1.7) for prompt in PROMPTS]
     stop = expected[0][0][2]
-    texts = generate_greedily(
+    texts = generate(
         predictor, PROMPTS, draws, stop={stop}, max_new_tokens=steps, max_length=9, temperature=1.7
     )
     ends = set()
@@ -83,7 +83,7 @@ def test_greedy_texts_equal_a_slow_reference(predictor: Predictor) -> None:
 
 def test_greedy_text_is_the_reference_exactly_where_teacher_forcing_agrees_everywhere(predictor: Predictor) -> None:
     draws = draws_of(predictor)
-    own = generate_greedily(predictor, PROMPTS, draws, stop=(), max_new_tokens=3, max_length=128)
+    own = generate(predictor, PROMPTS, draws, stop=(), max_new_tokens=3, max_length=128)
     rows = [Example(prompt, text.tokens, (), None, 0) for prompt, text in zip(PROMPTS, own, strict=True)]
     for position in range(3):  # one token of the reference is another one
         changed = list(own[0].tokens)
@@ -95,7 +95,7 @@ def test_greedy_text_is_the_reference_exactly_where_teacher_forcing_agrees_every
         for row, right in zip(scores.row.tolist(), scores.correct.tolist(), strict=True):
             agrees[row] &= right
     assert agrees == [True] * 4 + [False] * 3
-    greedy = generate_greedily(predictor, [r.prompt for r in rows], draws, stop=(), max_new_tokens=3, max_length=128)
+    greedy = generate(predictor, [r.prompt for r in rows], draws, stop=(), max_new_tokens=3, max_length=128)
     assert [text.tokens == row.target for text, row in zip(greedy, rows, strict=True)] == agrees
 
 
@@ -103,9 +103,9 @@ def test_an_answer_counts_if_it_ends_and_has_the_references_words(predictor: Pre
     """Case and whitespace do not count; an answer that a limit cut is wrong."""
     tokenizer, draws = load_tokenizer(base), draws_of(predictor)[:1]
     prompts = [(index + 3,) for index in range(12)]
-    own = generate_greedily(predictor, prompts, draws, stop=(), max_new_tokens=3, max_length=128)
+    own = generate(predictor, prompts, draws, stop=(), max_new_tokens=3, max_length=128)
     stop = {text.tokens[-1] for text in own[:6]}
-    own = generate_greedily(predictor, prompts, draws, stop=stop, max_new_tokens=3, max_length=128)
+    own = generate(predictor, prompts, draws, stop=stop, max_new_tokens=3, max_length=128)
     examples = [Example(prompt, text.tokens, (), None, 0) for prompt, text in zip(prompts, own, strict=True)]
     examples[0] = Example(examples[0].prompt, (70, 71), (), None, 0)
     answers = Answers(tokenizer=tokenizer, examples=examples, stop=stop, max_new_tokens=3, max_length=128)
