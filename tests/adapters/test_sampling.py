@@ -184,7 +184,9 @@ PINNED = (0.4048814919348268, 0.09777638010534451)
 
 
 def test_seeds_of_texts_are_distinct_and_pinned() -> None:
-    seeds = {NoiseSource(s, index, "token").token_seed(str(row)) for s in range(3) for index in range(5) for row in range(50)}
+    seeds = {
+        NoiseSource(s, index, "token").token_seed(str(row)) for s in range(3) for index in range(5) for row in range(50)
+    }
     assert len(seeds) == 3 * 5 * 50 and all(0 <= seed < 2**63 for seed in seeds)
     assert NoiseSource(0, 0, "token").token_seed("0") == PINNED_TOKEN_SEED
 
@@ -194,6 +196,13 @@ PINNED_TOKEN_SEED = 7103290704340275979
 
 def test_inverse_cdf_draws_each_position_by_its_weight() -> None:
     weights = torch.tensor([[0.0, 1.0, 3.0, 0.0], [2.0, 0.0, 0.0, 2.0]], dtype=torch.float64)
-    for u, expected in ((0.0, [1, 0]), (0.2499, [1, 0]), (0.25, [2, 0]), (0.4999, [2, 0]), (0.5, [2, 3]), (0.9999, [2, 3])):
+    for u, expected in (
+        (0.0, [1, 0]),
+        (0.2499, [1, 0]),
+        (0.25, [2, 0]),
+        (0.4999, [2, 0]),
+        (0.5, [2, 3]),
+        (0.9999, [2, 3]),
+    ):
         assert inverse_cdf(weights, torch.full((2, 1), u)).tolist() == expected
         assert [int(inverse_cdf(row, u)) for row in weights] == expected
