@@ -21,12 +21,12 @@ from torch import Tensor
 GENERATOR = "philox4x64-sha256-numpy-v1"
 """Identifier of the noise convention, stored in posterior.json."""
 
-Purpose = Literal["sample", "train", "init", "token"]
+Purpose = Literal["sample", "train", "init", "tokens"]
 
 
 class NoiseSource:
-    """Noise for one posterior sample (``purpose="sample"``), one optimiser step (``"train"``), what a training run draws
-    beside noise (``"init"``): start values and orders of rows, or the seeds of sampled texts (``"token"``).
+    """Noise for one posterior sample (``purpose="sample"``), one optimiser step (``"train"``), what a training run draws beside noise
+    (``"init"``: start values and orders of rows), or tokens that an evaluation draws (``"tokens"``).
 
     Args:
         seed: posterior seed, any non-negative integer.

@@ -16,12 +16,12 @@ from transformers import get_scheduler
 
 from credence.adapters.sampling import NoiseSource
 from credence.training.data import DataFormat, read_data
-from credence.training.evaluate import summarise
 from credence.training.modeling import context_length, load_base, load_tokenizer
 from credence.training.predict import Predictor, Scores, score
 from credence.training.prompts import Encoder, Example, collate, label_space
 from credence.training.release import TEMPERATURES, nll_by_temperature
 from credence.training.session import pad_token
+from credence.training.summary import summarise
 from credence.training.trainer import RowOrder, target_nll
 
 STEPS, BATCH, RATE, WARMUP, MAX_GRAD_NORM = 400, 16, 1e-2, 20, 1.0

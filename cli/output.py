@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,19 @@ def write_json(target: str | None, document: Mapping[str, Any]) -> None:
         Path(target).write_text(text)
     except OSError as error:
         raise CommandError(f"--json {target} cannot be written: {error.strerror}") from error
+
+
+def write_lines(target: Path, option: str, documents: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON Lines to a file.
+
+    Raises:
+        CommandError: The file cannot be written; `option` names it.
+    """
+    try:
+        with target.open("w") as file:
+            file.writelines(json.dumps(document, allow_nan=False) + "\n" for document in documents)
+    except OSError as error:
+        raise CommandError(f"{option} {target} cannot be written: {error.strerror}") from error
 
 
 def say(target: str | None, line: str = "") -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from credence.cli.ask import DEFAULT_TIMEOUT_S, ApiKeyFileOption, TimeoutOption, connection
-from credence.cli.output import JsonOption, needs_extra, print_table, say, write_json
+from credence.cli.output import JsonOption, needs_extra, print_table, say, write_json, write_lines
 
 if TYPE_CHECKING:
     from credence.training.release import ReleaseResult
@@ -132,7 +132,12 @@ def evaluate(
     data: Annotated[Path, typer.Option("--data", help="Test rows (JSON Lines).", show_default=False)],
     ood: Annotated[Path | None, typer.Option("--ood", help="Rows from elsewhere, of the same format.")] = None,
     k: Annotated[str, typer.Option("--k", metavar="K,K,...", help="Numbers of samples; 0 is the mean.")] = "0,10",
-    tau: Annotated[str, typer.Option("--tau", metavar="fitted|T", help="Posterior temperature of K > 0.")] = "fitted",
+    tau: Annotated[
+        str, typer.Option("--tau", metavar="fitted|T,T,...", help="Posterior temperatures of K > 0.")
+    ] = "fitted",
+    token_samples: Annotated[
+        bool, typer.Option("--token-samples", help="Also answer with K tokens drawn from the mean, for comparison.")
+    ] = False,
     batch_size: BatchSizeOption = 64,
     engine: Annotated[
         str,
@@ -145,6 +150,9 @@ def evaluate(
     resamples: Annotated[
         int, typer.Option("--bootstrap", min=0, help="Bootstrap samples of 95 % intervals in the JSON; 0 for none.")
     ] = 0,
+    rows_file: Annotated[
+        Path | None, typer.Option("--rows", metavar="FILE", help="Write every row's scores (JSON Lines).")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure accuracy, likelihood and calibration.
@@ -157,25 +165,32 @@ def evaluate(
       credence eval out/triage --base models/base --data test.jsonl --ood other.jsonl --k 0,10 --json result.json
       credence eval out/triage --base models/base --data test.jsonl --engine http://localhost:8000 --model triage
     """
-    ks, at_tau = _parse_ks(k), _parse_tau(tau)
+    ks, taus = _parse_ks(k), _parse_taus(tau)
     if (engine == "hf") != (model is None):
         raise typer.BadParameter("--engine URL and --model NAME belong together; give both, or neither")
     with needs_extra("train"):
         from credence.cli.served import Server
-        from credence.training.evaluate import evaluate as measure
+        from credence.training.evaluate import measure
+        from credence.training.rows import row_documents
     server = None
     if model is not None:
         server = Server(
             connect=lambda: connection(engine, api_key_file, timeout_s), model=model, concurrency=concurrency
         )
-    result = measure(directory, base, data, ood, ks, at_tau, batch_size=batch_size, resamples=resamples, server=server)
+    evaluation = measure(
+        directory, base, data, ood, ks, taus, batch_size=batch_size, token_samples=token_samples, server=server
+    )
+    if rows_file is not None:
+        write_lines(rows_file, "--rows", row_documents(evaluation))
+    result = evaluation.document(resamples)
     write_json(json_file, result)
     if json_file != "-":
-        columns = [name for name in EVAL_COLUMNS if any(entry[name] is not None for entry in result["results"])]
-        print_table(
-            [EVAL_COLUMNS[name] for name in columns],
-            [[_number(entry[name]) for name in columns] for entry in result["results"]],
-        )
+        entries = [*result["results"], *result.get("token_samples", [])]
+        columns = [name for name in EVAL_COLUMNS if any(entry[name] is not None for entry in entries)]
+        body = [[_number(entry[name]) for name in columns] for entry in result["results"]]
+        for entry in result.get("token_samples", []):
+            body.append([f"{entry['k']} tokens", "-", "-", *(_number(entry[name]) for name in columns[3:])])
+        print_table([EVAL_COLUMNS[name] for name in columns], body)
 
 
 def _parse_ks(text: str) -> list[int]:
@@ -188,16 +203,17 @@ def _parse_ks(text: str) -> list[int]:
     return ks
 
 
-def _parse_tau(text: str) -> float | Literal["fitted"]:
-    if text == "fitted":
-        return "fitted"
-    try:
-        tau = float(text)
-    except ValueError:
-        tau = -1.0
-    if not 0.0 <= tau < float("inf"):
-        raise typer.BadParameter(f"--tau is {text!r}; give `fitted` or a number of 0 or more")
-    return tau
+def _parse_taus(text: str) -> "list[float | Literal['fitted']]":
+    taus: list[float | Literal["fitted"]] = []
+    for part in text.split(","):
+        try:
+            tau: float | Literal["fitted"] = "fitted" if part.strip() == "fitted" else float(part)
+        except ValueError:
+            tau = -1.0
+        if tau != "fitted" and not 0.0 <= tau < float("inf"):
+            raise typer.BadParameter(f"--tau is {text!r}; give `fitted` or numbers of 0 or more, for example 0.1,1,10")
+        taus.append(tau)
+    return taus
 
 
 def _progress(line: str) -> None:

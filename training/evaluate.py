@@ -2,23 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 
 from credence.adapters.artifact import Artifact, load_artifact
-from credence.training import metrics
-from credence.training.data import read_data
+from credence.adapters.sampling import NoiseSource
+from credence.training.data import DataFile, read_data
 from credence.training.errors import MetricError
 from credence.training.predict import Factors, Prediction, Predictor, Scores, score
 from credence.training.prompts import Encoder, Example
 from credence.training.session import artifact_format, open_session
+from credence.training.summary import intervals, summarise
 
-Temperatures = dict[int, list[float]]
-OOD_SCORES = ("total", "epistemic", "confidence")
+Tau = Literal["fitted"] | float
 
 
 class Engine(Protocol):
@@ -54,31 +53,119 @@ class OfflineEngine:
         return self.predictor.predict(examples, draws, sizes)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Scores of all rows under one predictor.
+
+    Attributes:
+        k: samples averaged; 0 is the mean.
+        tau: posterior temperature of the samples; 0 where there are none.
+        scores: of the test rows. ood: of the rows from elsewhere, if there are any.
+    """
+
+    k: int
+    tau: float
+    temperature: float
+    scores: Scores
+    ood: Scores | None = None
+
+    def document(self, resamples: int) -> dict[str, Any]:
+        """Its settings and metrics, with bootstrap intervals if there are ``resamples``."""
+        ends = {"intervals": intervals(self.scores, self.ood, resamples=resamples)} if resamples else {}
+        settings = {"k": self.k, "tau": self.tau, "temperature": self.temperature}
+        return {**settings, **summarise(self.scores, self.ood), **ends}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What was measured, row by row.
+
+    Attributes:
+        examples: the encoded test rows, in the order of ``data.rows``; ``ood_examples`` those of ``ood``.
+        entries: one for every K, tau and temperature.
+        token_samples: one for every K > 0, the share of each answer among K tokens drawn from the mean; none if not asked for.
+    """
+
+    artifact: Artifact
+    encoder: Encoder
+    data: DataFile
+    ood: DataFile | None
+    examples: Sequence[Example]
+    ood_examples: Sequence[Example]
+    entries: tuple[Entry, ...]
+    token_samples: tuple[Entry, ...] = ()
+
+    def document(self, resamples: int = 0) -> dict[str, Any]:
+        """``credence eval --json``. A metric that is not defined on these data is None.
+
+        Args:
+            resamples: bootstrap samples of the 95 % intervals; 0 computes none.
+        """
+        return {
+            "adapter": {"method": self.artifact.config.method, "digest": self.artifact.digest},
+            "data": {"file": self.data.path.name, "rows": len(self.examples), "ood_rows": len(self.ood_examples)},
+            **({"bootstrap": {"resamples": resamples, "level": 0.95, "seed": 0}} if resamples else {}),
+            "results": [entry.document(resamples) for entry in self.entries],
+            **(
+                {"token_samples": [entry.document(resamples) for entry in self.token_samples]}
+                if self.token_samples
+                else {}
+            ),
+        }
+
+
 def evaluate(
     path: str | Path,
     base: str | Path,
     data: str | Path,
     ood: str | Path | None = None,
     ks: Sequence[int] = (0, 10),
-    tau: Literal["fitted"] | float = "fitted",
+    tau: Tau | Sequence[Tau] = "fitted",
     *,
     dtype: str | None = None,
     batch_size: int = 64,
     resamples: int = 0,
+    token_samples: bool = False,
     server: EngineSource | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the mean (K = 0) and averages of K samples, each at temperature 1 and at the fitted temperature.
+    """Measures an artifact and returns ``credence eval --json``; see :func:`measure` and :meth:`Evaluation.document`."""
+    evaluation = measure(
+        path,
+        base,
+        data,
+        ood,
+        ks,
+        tau,
+        dtype=dtype,
+        batch_size=batch_size,
+        token_samples=token_samples,
+        server=server,
+    )
+    return evaluation.document(resamples)
+
+
+def measure(
+    path: str | Path,
+    base: str | Path,
+    data: str | Path,
+    ood: str | Path | None = None,
+    ks: Sequence[int] = (0, 10),
+    tau: Tau | Sequence[Tau] = "fitted",
+    *,
+    dtype: str | None = None,
+    batch_size: int = 64,
+    token_samples: bool = False,
+    server: EngineSource | None = None,
+) -> Evaluation:
+    """Scores every row under the mean (K = 0) and averages of K samples, each at temperature 1 and at the fitted temperature.
 
     Label and choice rows are scored on the restricted softmax over their answers; free text token by token, teacher-forced.
 
     Args:
         ood: rows from elsewhere, of the same format; their labels are ignored.
-        tau: posterior temperature of K > 0, or ``"fitted"``.
-        resamples: bootstrap samples of the 95 % intervals; 0 computes none.
+        tau: posterior temperature of K > 0, ``"fitted"``, or several of them.
+        token_samples: also answer with K tokens drawn from the mean, for every K > 0 (label and choice rows only).
         server: answers the rows (label and choice rows only); None evaluates in this process.
-
-    Returns:
-        ``credence eval --json``: adapter, data, and one result per K and temperature. A metric that is not defined on these data is None.
 
     Raises:
         ArtifactError, DataError, ModelError, MetricError: with the reason.
@@ -87,111 +174,54 @@ def evaluate(
     ks = list(dict.fromkeys(ks))
     if not ks or min(ks) < 0:
         raise MetricError(f"K must be 0 (the mean) or more, and one K is needed, got {ks}")
+    asked: list[Tau] = [tau] if isinstance(tau, str | float | int) else list(tau)
     artifact = load_artifact(path)
-    taus = {k: artifact.config.fitted_tau(k) if tau == "fitted" else float(tau) for k in ks}
-    taus = {k: value if k > 0 and artifact.has_posterior else 0.0 for k, value in taus.items()}
-    temperatures = {k: [1.0, artifact.calibration.fitted_temperature(k)] for k in ks}
     expected = artifact_format(artifact)
+    if token_samples and not expected.has_candidates:
+        raise MetricError(
+            f"token samples are shares of answers out of a known set, and the adapter was trained on {expected} rows; leave them out"
+        )
+    points = [(k, value) for k in ks for value in _taus(artifact, k, asked)]
     file = read_data(data, expected=expected)
     ood_file = read_data(ood, expected=expected) if ood is not None else None
     with _engine(artifact, base, server, max(ks), dtype, batch_size) as engine:
         examples = engine.encoder.encode(file)
         ood_examples = engine.encoder.encode(ood_file, answers=False) if ood_file is not None else []
-        scores = _scores(engine, artifact, examples, taus, temperatures)
-        ood_scores = _scores(engine, artifact, ood_examples, taus, temperatures) if ood_examples else {}
-    results = []
-    for k in ks:
-        for index, temperature in enumerate(temperatures[k]):
-            entry = {"k": k, "tau": taus[k], "temperature": temperature}
-            found, outside = scores[k, index], ood_scores.get((k, index))
-            ends = {"intervals": intervals(found, outside, resamples=resamples)} if resamples else {}
-            results.append({**entry, **summarise(found, outside), **ends})
-    return {
-        "adapter": {"method": artifact.config.method, "digest": artifact.digest},
-        "data": {"file": Path(data).name, "rows": len(examples), "ood_rows": len(ood_examples)},
-        **({"bootstrap": {"resamples": resamples, "level": 0.95, "seed": 0}} if resamples else {}),
-        "results": results,
-    }
+        inside = _Rows.scored(engine, artifact, examples, points, token_samples)
+        outside = _Rows.scored(engine, artifact, ood_examples, points, token_samples) if ood_examples else None
+        encoder = engine.encoder
+
+    def entry(k: int, value: float, temperature: float, scores: Scores, ood: Scores | None) -> Entry:
+        return Entry(k=k, tau=value, temperature=temperature, scores=scores, ood=ood)
+
+    return Evaluation(
+        artifact=artifact,
+        encoder=encoder,
+        data=file,
+        ood=ood_file,
+        examples=examples,
+        ood_examples=ood_examples,
+        entries=tuple(
+            entry(k, value, temperature, scores, outside.averages[k, value][index] if outside else None)
+            for (k, value), found in inside.averages.items()
+            for index, (temperature, scores) in enumerate(zip(_temperatures(artifact, k), found, strict=True))
+        ),
+        token_samples=tuple(
+            entry(k, 0.0, 1.0, scores, outside.token_samples[k] if outside else None)
+            for k, scores in inside.token_samples.items()
+        ),
+    )
 
 
-def summarise(scores: Scores, ood: Scores | None = None) -> dict[str, float | None]:
-    """The metrics of ``credence eval --json`` from per-position scores; OOD scores are means over each row's positions.
-
-    None where a metric is not defined. A single predictor has no epistemic score; 0.5 would look like a measurement.
-    """
-    correct, confidence = scores.correct.numpy(), scores.confidence.numpy()
-    parts, has_epistemic = metrics.brier_parts(confidence, correct), bool(scores.epistemic.any())
-    result: dict[str, float | None] = {
-        "accuracy": metrics.accuracy(correct),
-        "nll": metrics.nll(scores.log_prob.numpy()),
-        "ece10": metrics.ece(confidence, correct, bins=10),
-        "ece15": metrics.ece(confidence, correct, bins=15),
-        "ece_equal_mass": metrics.ece_equal_mass(confidence, correct, bins=15),
-        "brier": metrics.brier(scores.brier.numpy()),
-        "brier_reliability": parts.reliability,
-        "brier_resolution": parts.resolution,
-        "brier_uncertainty": parts.uncertainty,
-        "error_auroc": metrics.auroc(1 - confidence, ~correct),
-        "error_auroc_total": metrics.auroc(scores.total.numpy(), ~correct),
-        "error_auroc_epistemic": metrics.auroc(scores.epistemic.numpy(), ~correct) if has_epistemic else None,
-        "error_aupr": metrics.aupr(1 - confidence, ~correct),
-        "aurc": metrics.aurc(confidence, correct),
-        "accuracy_at_coverage_80": metrics.accuracy_at_coverage(confidence, correct, 0.8),
-        "accuracy_at_coverage_50": metrics.accuracy_at_coverage(confidence, correct, 0.5),
-        "coverage_at_risk_10": metrics.coverage_at_risk(confidence, correct, 0.1),
-        "coverage_at_risk_5": metrics.coverage_at_risk(confidence, correct, 0.05),
-        **{f"ood_{metric}_{name}": None for metric in ("auroc", "aupr", "fpr95") for name in OOD_SCORES},
-        "ood_fpr95": None,
-        "mean_confidence": float(confidence.mean()),
-    }
-    if ood is not None:
-        for name in OOD_SCORES:
-            inside, outside = (_ood_score(part, name) for part in (scores, ood))
-            if name == "epistemic" and not any(inside) and not any(outside):
-                continue
-            found, is_ood = inside + outside, [0] * len(inside) + [1] * len(outside)
-            result[f"ood_auroc_{name}"] = metrics.auroc(found, is_ood)
-            result[f"ood_aupr_{name}"] = metrics.aupr(found, is_ood)
-            result[f"ood_fpr95_{name}"] = metrics.fpr_at_recall(found, is_ood)
-        result["ood_fpr95"] = result["ood_fpr95_total"]
-    return result
+def _taus(artifact: Artifact, k: int, asked: Sequence[Tau]) -> list[float]:
+    """The values of tau for K samples, each once; the mean has none."""
+    if k == 0 or not artifact.has_posterior:
+        return [0.0]
+    return list(dict.fromkeys(artifact.config.fitted_tau(k) if value == "fitted" else float(value) for value in asked))
 
 
-def intervals(
-    scores: Scores, ood: Scores | None = None, *, resamples: int, seed: int = 0, level: float = 0.95
-) -> dict[str, tuple[float, float] | None]:
-    """Percentile bootstrap intervals of :func:`summarise` (Efron, Annals of Statistics 1979).
-
-    Rows are drawn with replacement, test rows and OOD rows each among themselves; a row of several positions is drawn whole.
-
-    Args:
-        resamples: bootstrap samples; the interval's ends are quantiles of as many values.
-
-    Returns:
-        The ends by metric; None where the metric is not defined, on the data or on more than a twentieth of the samples.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    point = summarise(scores, ood)
-    found: dict[str, list[float]] = {name: [] for name, number in point.items() if number is not None}
-    for _ in range(resamples):
-        drawn = summarise(scores.resampled(generator), ood.resampled(generator) if ood is not None else None)
-        for name, numbers in found.items():
-            number = drawn[name]
-            if number is not None:
-                numbers.append(number)
-    ends = ((1 - level) / 2, (1 + level) / 2)
-    result: dict[str, tuple[float, float] | None] = dict.fromkeys(point)
-    for name, numbers in found.items():
-        if len(numbers) >= 0.95 * resamples:
-            low, high = np.quantile(numbers, ends)
-            result[name] = (float(low), float(high))
-    return result
-
-
-def _ood_score(scores: Scores, name: str) -> list[float]:
-    """Score of every row, higher for less familiar ones."""
-    values: list[float] = scores.by_row(name).tolist()
-    return [1 - value for value in values] if name == "confidence" else values
+def _temperatures(artifact: Artifact, k: int) -> tuple[float, float]:
+    return 1.0, artifact.calibration.fitted_temperature(k)
 
 
 @contextmanager
@@ -211,24 +241,63 @@ def _engine(
             yield OfflineEngine(predictor=session.predictor, encoder=session.encoder, artifact=artifact)
 
 
-def _scores(
-    engine: Engine,
-    artifact: Artifact,
-    examples: Sequence[Example],
-    taus: dict[int, float],
-    temperatures: Temperatures,
-) -> dict[tuple[int, int], Scores]:
-    """Scores by (K, index of the temperature). K's that share a tau share their samples and the passes over them."""
-    result: dict[tuple[int, int], Scores] = {}
-    for tau in dict.fromkeys(taus.values()):
-        asked = [k for k in taus if taus[k] == tau]
-        # K = 0 and any K at tau 0 are the mean: one pass. The members of an ensemble are so many and no more.
-        most = artifact.num_distinct_samples or max(asked)
-        sizes = {k: 1 if tau == 0 else min(k, most) for k in asked}
-        parts: dict[tuple[int, int], list[Scores]] = {}
-        for prediction in engine.predict(examples, sorted(set(sizes.values())), tau):
-            for k in (k for k in asked if sizes[k] == prediction.k):
-                for index, temperature in enumerate(temperatures[k]):
-                    parts.setdefault((k, index), []).append(score(prediction, temperature))
-        result.update({key: Scores.concatenate(value) for key, value in parts.items()})
-    return result
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Scores of one set of rows: of averages by (K, tau), one for each temperature, and of token samples by K."""
+
+    averages: dict[tuple[int, float], list[Scores]]
+    token_samples: dict[int, Scores]
+
+    @classmethod
+    def scored(
+        cls,
+        engine: Engine,
+        artifact: Artifact,
+        examples: Sequence[Example],
+        points: Sequence[tuple[int, float]],
+        token_samples: bool,
+    ) -> "_Rows":
+        """Points that share a tau share their samples and the passes over them."""
+        averages: dict[tuple[int, float], list[list[Scores]]] = {point: [[], []] for point in points}
+        drawn: dict[int, list[Scores]] = {k: [] for k, _ in points if k > 0 and token_samples}
+        uniforms = NoiseSource(0, 0, "tokens").uniform("rows", "answer", (len(examples), max(drawn, default=0)))
+        for tau in dict.fromkeys([*(tau for _, tau in points), *([0.0] if drawn else [])]):
+            # K = 0 and any K at tau 0 are the mean: one pass. The members of an ensemble are so many and no more.
+            ks = [k for k, value in points if value == tau]
+            most = artifact.num_distinct_samples or max(ks, default=1)
+            sizes = {k: 1 if tau == 0 else min(k, most) for k in ks}
+            for prediction in engine.predict(examples, sorted({*sizes.values()} or {1}), tau):
+                for k in (k for k in ks if sizes[k] == prediction.k):
+                    for parts, temperature in zip(averages[k, tau], _temperatures(artifact, k), strict=True):
+                        parts.append(score(prediction, temperature))
+                for k, parts in drawn.items() if tau == 0 else ():
+                    parts.append(score(token_shares(prediction, uniforms[prediction.row, :k])))
+        return cls(
+            averages={point: [Scores.concatenate(parts) for parts in found] for point, found in averages.items()},
+            token_samples={k: Scores.concatenate(parts) for k, parts in drawn.items()},
+        )
+
+
+def token_shares(mean: Prediction, uniforms_PK: torch.Tensor) -> Prediction:
+    """What K tokens drawn from the mean's distribution over the answers say: the baseline of K samples at equal cost.
+
+    The probability of an answer is (count + 1 / C) / (K + 1), of C answers: the posterior mean under a Dirichlet prior of total weight 1.
+    Plain shares would give most right answers probability zero, and an infinite NLL.
+
+    Args:
+        mean: over candidates; those of probability zero are no answers.
+        uniforms_PK: [P, K] on [0, 1), one for each token.
+
+    Returns:
+        A single predictor: it has no samples of the weights, so no epistemic score.
+    """
+    probs_PC = mean.log_mean_PC.double().cpu().exp()
+    P, K = uniforms_PK.shape
+    chosen_PK = torch.searchsorted(probs_PC.cumsum(-1), uniforms_PK.double(), right=True)
+    is_answer_PC = probs_PC > 0
+    # The probabilities' sum may end a rounding below a uniform.
+    last_P1 = is_answer_PC.shape[1] - 1 - is_answer_PC.flip(-1).int().argmax(-1, keepdim=True)
+    counts_PC = torch.zeros_like(probs_PC).scatter_add_(1, chosen_PK.minimum(last_P1), torch.ones(P, K).double())
+    shares_PC = (counts_PC + is_answer_PC.double() / is_answer_PC.sum(-1, keepdim=True)) / (K + 1)
+    entropy_P = torch.special.entr(shares_PC).sum(-1)
+    return replace(mean, k=1, target=mean.target.cpu(), log_mean_PC=shares_PC.log(), expected_entropy=entropy_P)

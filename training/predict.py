@@ -43,10 +43,11 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Scores of positions at one temperature; 1-D float64 tensors of equal length (``row`` int64, ``correct`` bool).
+    """Scores of positions at one temperature; 1-D float64 tensors of equal length (``row`` and ``choice`` int64, ``correct`` bool).
 
     Attributes:
         log_prob: log-probability of the right candidate, nats; NaN where the row is unlabelled.
+        choice: index of the most likely candidate (int64); a token id in free text.
         correct: whether the most likely candidate is the right one.
         confidence: probability of the most likely candidate.
         brier: sum over the candidates of (p - y)^2; NaN where unlabelled.
@@ -55,6 +56,7 @@ class Scores:
 
     row: Tensor
     log_prob: Tensor
+    choice: Tensor
     correct: Tensor
     confidence: Tensor
     brier: Tensor
@@ -173,6 +175,7 @@ def score(prediction: Prediction, temperature: float = 1.0) -> Scores:
     scores = Scores(
         row=prediction.row,
         log_prob=torch.where(known, log_right, nan),
+        choice=choice,
         correct=(choice == prediction.target) & known,
         confidence=confidence,
         brier=torch.where(known, probs.square().sum(-1) - 2 * right + 1, nan),

@@ -185,13 +185,16 @@ PINNED = (0.4048814919348268, 0.09777638010534451)
 
 def test_seeds_of_texts_are_distinct_and_pinned() -> None:
     seeds = {
-        NoiseSource(s, index, "token").token_seed(str(row)) for s in range(3) for index in range(5) for row in range(50)
+        NoiseSource(s, index, "tokens").token_seed(str(row))
+        for s in range(3)
+        for index in range(5)
+        for row in range(50)
     }
     assert len(seeds) == 3 * 5 * 50 and all(0 <= seed < 2**63 for seed in seeds)
-    assert NoiseSource(0, 0, "token").token_seed("0") == PINNED_TOKEN_SEED
+    assert NoiseSource(0, 0, "tokens").token_seed("0") == PINNED_TOKEN_SEED
 
 
-PINNED_TOKEN_SEED = 7103290704340275979
+PINNED_TOKEN_SEED = 7024483617008254031
 
 
 def test_inverse_cdf_draws_each_position_by_its_weight() -> None:

@@ -84,7 +84,7 @@ def test_debug_after_two_dashes_is_an_argument(credence: Command) -> None:
         (["draw", "x", "--k", "two", "--output", "y"], "--k"),
         (["train", "--bogus"], "No such option"),
         (["eval", "x", "--base", "b", "--data", "d", "--k", "0,x"], "--k is '0,x'; give whole numbers of 0 or more"),
-        (["eval", "x", "--base", "b", "--data", "d", "--tau", "-1"], "--tau is '-1'; give `fitted` or a number"),
+        (["eval", "x", "--base", "b", "--data", "d", "--tau", "-1"], "--tau is '-1'; give `fitted` or numbers"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(credence: Command, arguments: list[str], message: str) -> None:

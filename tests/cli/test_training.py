@@ -98,32 +98,49 @@ def test_release(credence: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(credence(*arguments, "--json", "-").out) == {"path": "a", "digest": "sha256:cd", "rows": 9}
 
 
+class Measured:
+    """An evaluation that knows its document."""
+
+    def __init__(self, document: dict[str, Any], *, resamples: int = 0) -> None:
+        self.found = document
+        self.resamples = resamples
+
+    def document(self, resamples: int) -> dict[str, Any]:
+        assert resamples == self.resamples
+        return self.found
+
+
 @pytest.mark.parametrize(
-    ("given", "tau"),
+    ("given", "taus"),
     [
-        ((), "fitted"),
-        (("--tau", "fitted"), "fitted"),
-        (("--tau", "2"), 2.0),
-        (("--bootstrap", "50"), "fitted"),
+        ((), ["fitted"]),
+        (("--tau", "fitted"), ["fitted"]),
+        (("--tau", "0.5,2,fitted"), [0.5, 2.0, "fitted"]),
+        (("--bootstrap", "50"), ["fitted"]),
+        (("--token-samples",), ["fitted"]),
     ],
 )
-def test_eval(credence: Command, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], tau: object) -> None:
+def test_eval(credence: Command, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], taus: list[object]) -> None:
     calls: list[Any] = []
     document = {"adapter": {}, "data": {}, "results": [RESULT | {"k": 0, "tau": 0.0}, RESULT]}
+    if "--token-samples" in given:
+        document["token_samples"] = [RESULT]
 
-    def measure(*arguments: Any, batch_size: int, resamples: int, server: Any) -> dict[str, Any]:
-        assert server is None
-        calls.append((*arguments, resamples))
-        return document
+    def measure(*arguments: Any, batch_size: int, token_samples: bool, server: Any) -> Measured:
+        assert server is None and token_samples is ("--token-samples" in given)
+        calls.append(arguments)
+        return Measured(document, resamples=50 if "--bootstrap" in given else 0)
 
-    monkeypatch.setattr(evaluation, "evaluate", measure)
-    outcome = credence("eval", "a", "--base", "b", "--data", "t.jsonl", "--k", "0,10", *given)
+    monkeypatch.setattr(evaluation, "measure", measure)
+    command = ("eval", "a", "--base", "b", "--data", "t.jsonl", "--k", "0,10", *given)
+    outcome = credence(*command)
     assert outcome.code == 0
-    resamples = 50 if "--bootstrap" in given else 0
-    assert calls == [(Path("a"), "b", Path("t.jsonl"), None, [0, 10], tau, resamples)]
+    assert calls == [(Path("a"), "b", Path("t.jsonl"), None, [0, 10], taus)]
     assert "accuracy" in outcome.out and "OOD" not in outcome.out
-    assert len([line for line in outcome.out.splitlines() if "0.31" in line]) == 2
-    assert json.loads(credence("eval", "a", "--base", "b", "--data", "t", "--json", "-").out) == document
+    shown = [line for line in outcome.out.splitlines() if "0.31" in line]
+    assert len(shown) == (3 if "--token-samples" in given else 2)
+    assert ("10 tokens" in outcome.out) == ("--token-samples" in given)
+    assert json.loads(credence(*command, "--json", "-").out) == document
 
 
 @pytest.mark.parametrize(
@@ -135,7 +152,7 @@ def test_errors_of_the_packages_are_one_sentence(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(evaluation, "evaluate", fail)
+    monkeypatch.setattr(evaluation, "measure", fail)
     outcome = credence("eval", "a", "--base", "b", "--data", "t")
     assert (outcome.code, outcome.err) == (1, f"credence: {error}\n")
 
@@ -143,11 +160,11 @@ def test_errors_of_the_packages_are_one_sentence(
 def test_eval_on_a_server_needs_its_address_and_a_name(credence: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     servers: list[Any] = []
 
-    def measure(*_: Any, server: Any, **__: Any) -> dict[str, Any]:
+    def measure(*_: Any, server: Any, **__: Any) -> Measured:
         servers.append(server)
-        return {"results": [RESULT]}
+        return Measured({"results": [RESULT]})
 
-    monkeypatch.setattr(evaluation, "evaluate", measure)
+    monkeypatch.setattr(evaluation, "measure", measure)
     ask = ("eval", "a", "--base", "b", "--data", "t")
     assert credence(*ask, "--engine", "http://h:1", "--model", "m", "--concurrency", "3").code == 0
     (server,) = servers

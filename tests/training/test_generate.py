@@ -78,7 +78,7 @@ def test_greedy_texts_equal_a_slow_reference(predictor: Predictor, k: int, batch
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_sampled_texts_equal_a_slow_reference(predictor: Predictor, k: int) -> None:
-    draws, seeds = draws_of(predictor)[:k], [NoiseSource(3, 0, "token").token_seed(str(row)) for row in range(5)]
+    draws, seeds = draws_of(predictor)[:k], [NoiseSource(3, 0, "tokens").token_seed(str(row)) for row in range(5)]
     sampling = Sampling(seeds=seeds, temperature=0.8)
     texts = generate(predictor, PROMPTS, draws, stop=(), max_new_tokens=5, max_length=128, sampling=sampling)
     for prompt, text, seed in zip(PROMPTS, texts, seeds, strict=True):
@@ -94,7 +94,7 @@ def test_samples_follow_the_average(predictor: Predictor) -> None:
     predictor.batch_size, draws, count = 600, draws_of(predictor), 2000
     example = Example(PROMPTS[0], (0,), (), None, 0)
     probabilities = next(predictor.predict([example], draws, [3])).log_mean_PC[0].double().exp()
-    seeds = [NoiseSource(0, index, "token").token_seed("0") for index in range(count)]
+    seeds = [NoiseSource(0, index, "tokens").token_seed("0") for index in range(count)]
     texts = generate(
         predictor, PROMPTS[:1] * count, draws, stop=(), max_new_tokens=1, max_length=128, sampling=Sampling(seeds=seeds)
     )
