@@ -19,6 +19,7 @@ from credence.training.errors import MetricError
 from credence.training.generate import generate
 from credence.training.predict import Factors, Predictor
 from credence.training.prompts import Example
+from credence.training.verifiers import normalise_text
 
 FOLDS = 5
 FEWEST_OF_A_CLASS = FOLDS
@@ -112,11 +113,6 @@ class Answers:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return normalise_text(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-
-def normalise_text(text: str) -> str:
-    """The text without case, outer whitespace and differences of inner whitespace."""
-    return " ".join(text.split()).casefold()
 
 
 def fit_map(scores: ArrayLike, correct: ArrayLike, without_map: ArrayLike) -> MapResult:

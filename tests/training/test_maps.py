@@ -12,11 +12,12 @@ from credence.adapters import IsotonicMap, PlattMap, load_artifact, probability_
 from credence.training.errors import MetricError
 from credence.training.generate import generate
 from credence.training.loop import train
-from credence.training.maps import Answers, fit_map, normalise_text, platt
+from credence.training.maps import Answers, fit_map, platt
 from credence.training.modeling import load_tokenizer
 from credence.training.predict import Predictor
 from credence.training.prompts import Example
 from credence.training.release import release
+from credence.training.verifiers import normalise_text
 from tests.training.conftest import draws_of, quick_config
 
 Write = Callable[..., Path]
