@@ -65,6 +65,19 @@ def test_the_page_compares_with_the_own_mean_and_with_map() -> None:
     assert "## Settings" in text
 
 
+def test_a_clear_difference_is_named_with_its_standard_errors_and_its_direction() -> None:
+    def runs(name: str, changes: list[float]) -> list[dict[str, Any]]:
+        return [made_run(name, seed, {"mean": 0.0, "mean + T": 2.0 + seed + c}) for seed, c in enumerate(changes)]
+
+    lines = methods.verdict_lines(
+        {"map": runs("map", [0.0] * 4), "swa": runs("swa", [-0.2, -0.4] * 2), "dora": runs("dora", [-0.1, 0.2] * 2)}
+    )
+    # Mean -0.3, standard deviation 0.2 / sqrt(3), over 2: 5.2 standard errors. Every metric has the NLL's values here.
+    by_metric = {line.split(" | ")[0]: line for line in lines}
+    assert by_metric["| NLL"] == "| NLL | swa (5.2) | - | dora (0.6) |"
+    assert by_metric["| accuracy"] == "| accuracy | - | swa (5.2) | dora (0.6) |"
+
+
 def test_rows_of_a_seed_are_a_subset_and_repeat(tmp_path: Path) -> None:
     source = tmp_path / "all.jsonl"
     source.write_text("\n".join(json.dumps({"text": str(i), "label": "a"}) for i in range(50)) + "\n")
