@@ -219,7 +219,7 @@ class TextEvaluation:
 
     def row_documents(self) -> Iterator[dict[str, Any]]:
         """Yields every row's answer under every predictor, and of token samples all its texts: ``credence eval --generate --rows``."""
-        for entry in (*self.entries, *self.token_samples):
+        for entry, sampled in [*((e, False) for e in self.entries), *((e, True) for e in self.token_samples)]:
             for index, (row, text, samples) in enumerate(zip(self.data.rows, entry.texts, entry.samples, strict=True)):
                 yield {
                     "file": self.data.path.name,
@@ -235,7 +235,7 @@ class TextEvaluation:
                     "epistemic": entry.epistemic[index],
                     "num_tokens": len(text.tokens),
                     "stopped": text.stopped,
-                    **({"token_samples": [sample.text for sample in samples]} if entry in self.token_samples else {}),
+                    **({"token_samples": [sample.text for sample in samples]} if sampled else {}),
                 }
 
 

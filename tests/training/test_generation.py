@@ -90,7 +90,7 @@ def test_the_most_frequent_answer_counts(write: Write) -> None:
     data = read_data(write("rows.jsonl", [{"prompt": "p", "completion": answer} for answer in ("7", "1", "2", "3")]))
     texts = [
         [written("7"), written("is 7."), written("8", -0.1), written("7.0", -0.5)],
-        [written("1", -2), written("2", -3), written("2", -2), written("1", -0.5)],  # a tie: the likeliest text
+        [written("1", -4), written("2", -3), written("2", -2), written("1", -0.5)],  # a tie: the likeliest text
         [written("none"), written("nothing"), written("3"), written("no")],  # one vote of four
         [written("x"), written("y"), written("z"), written("w")],
     ]
