@@ -18,7 +18,7 @@ TORCH = $(shell grep '^torch==' requirements/cpu.txt)
 READY = $(VENV)/.ready
 PACKAGES = adapters benchmarks clients cli demo serve training
 
-.PHONY: setup demo test test-quantization check format bench clean
+.PHONY: setup demo test test-quantization test-harnesses check format bench clean
 
 setup: $(READY)
 
@@ -42,6 +42,12 @@ test-quantization: setup
 	$(PIP) install --quiet --no-deps -r requirements/quantization.txt
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/training/test_number_formats.py
 	$(PIP) uninstall --quiet --yes bitsandbytes
+
+# Tasks of lm-evaluation-harness, with packages that nothing else here needs.
+test-harnesses: setup
+	$(PIP) install --quiet --no-deps -r requirements/harnesses.txt
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/serve/test_lm_eval.py
+	$(PIP) uninstall --quiet --yes -r requirements/harnesses.txt
 
 # mypy cannot follow the editable install's mapping, so it gets a tree of links.
 .typecheck/credence:

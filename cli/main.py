@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from credence.cli import artifact, bench, complete, importer, score, serve, training
+from credence.cli import artifact, bench, complete, data, export, harness, importer, reproduce, score, serve, training
 from credence.cli.output import CommandError
 
 FAILED = 1
@@ -29,12 +29,18 @@ app.command("inspect")(artifact.inspect)
 app.command("draw")(artifact.draw)
 app.command("merge")(artifact.merge)
 app.command("eval")(training.evaluate)
+app.command("data")(data.data)
+app.command("reproduce")(reproduce.reproduce)
 app.command(
     "serve",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},
 )(serve.serve)
 app.command("complete")(complete.complete)
 app.command("score")(score.score)
+app.command("export")(export.export)
+app.command(
+    "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)(harness.lm_eval)
 app.add_typer(bench.app, name="bench")
 
 

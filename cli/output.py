@@ -52,6 +52,20 @@ def write_lines(target: Path, option: str, documents: Iterable[Mapping[str, Any]
         raise CommandError(f"{option} {target} cannot be written: {error.strerror}") from error
 
 
+def make_folder(target: Path, option: str) -> None:
+    """Make a folder for results, if it is not there.
+
+    Raises:
+        CommandError: The folder cannot be made; `option` names it.
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(
+            f"{option} {target} is no folder and cannot be made: {error.strerror}; name another one"
+        ) from error
+
+
 def say(target: str | None, line: str = "") -> None:
     """Print a line for people; to standard error while standard output carries the JSON (`--json -`)."""
     print(line, file=sys.stderr if target == "-" else sys.stdout)

@@ -1,5 +1,6 @@
 """`credence train`, `credence release` and `credence eval`."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from credence.cli.ask import DEFAULT_TIMEOUT_S, ApiKeyFileOption, TimeoutOption, connection
-from credence.cli.output import JsonOption, needs_extra, print_table, say, warn, write_json, write_lines
+from credence.cli.output import JsonOption, make_folder, needs_extra, print_table, say, warn, write_json, write_lines
 
 if TYPE_CHECKING:
     from credence.training.release import ReleaseResult
@@ -163,6 +164,9 @@ def evaluate(
     rows_file: Annotated[
         Path | None, typer.Option("--rows", metavar="FILE", help="Write every row's scores (JSON Lines).")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="DIR", help="Write a page and a Markdown file with figures.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure accuracy, likelihood and calibration.
@@ -173,25 +177,32 @@ def evaluate(
     \b
     Example:
       credence eval out/triage --base models/base --data test.jsonl --ood other.jsonl --k 0,10 --json result.json
+      credence eval out/triage --base models/base --data test.jsonl --k 0,1,2,4,8,16,32 --bootstrap 1000 --report out/report
       credence eval out/triage --base models/base --data test.jsonl --engine http://localhost:8000 --model triage
       credence eval out/sums --base models/base --data gsm8k.jsonl --generate number --token-samples
     """
     ks, taus = _parse_ks(k), _parse_taus(tau)
     if (engine == "hf") != (model is None):
         raise typer.BadParameter("--engine URL and --model NAME belong together; give both, or neither")
-    if generate is not None and ood is not None:
-        raise typer.BadParameter("--ood rows have no text that --generate could verify; leave one out")
+    if generate is not None and (ood is not None or report is not None):
+        raise typer.BadParameter("--generate has no --ood rows and no --report; leave one of them out")
     with needs_extra("train"):
         from credence.cli.served import Server
         from credence.training.evaluate import measure
         from credence.training.generation import measure_generation
         from credence.training.rows import row_documents
         from credence.training.verifiers import verifier, warning
+    if report is not None:
+        # Before the work starts: neither a missing package nor a folder that cannot be written shall cost an evaluation.
+        with needs_extra("report"):
+            from credence.training.report.write import write_report
+        make_folder(report, "--report")
     server = None
     if model is not None:
         server = Server(
             connect=lambda: connection(engine, api_key_file, timeout_s), model=model, concurrency=concurrency
         )
+    evaluation = None
     if generate is not None:
         caution = warning(verifier(generate, allow_code_execution=allow_code_execution))
         if caution is not None:
@@ -218,6 +229,12 @@ def evaluate(
     if rows_file is not None:
         write_lines(rows_file, "--rows", rows)
     write_json(json_file, result)
+    if report is not None and evaluation is not None:
+        command = shlex.join(["credence", *sys.argv[1:]])
+        say(
+            json_file,
+            f"wrote {write_report(report, evaluation, result, name=directory.resolve().name, command=command)}",
+        )
     if json_file != "-":
         entries = [*result["results"], *result.get("token_samples", [])]
         columns = [name for name in EVAL_COLUMNS if any(entry.get(name) is not None for entry in entries)]

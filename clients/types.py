@@ -32,10 +32,17 @@ class SequenceUncertainty(_Answer):
 
 
 class TokenUncertainty(_Answer):
-    """Scores of one token, in nats; present with granularity `token`."""
+    """Scores of one token, in nats; present with granularity `token`.
+
+    Attributes:
+        logprob: Log-probability of the token under the average of the samples.
+        top_logprob: That of the average's most likely token, in a text that was read (not with mode `ensemble`); equal to
+            `logprob` where greedy decoding of the average would say this token.
+    """
 
     token: str
     logprob: FiniteFloat
+    top_logprob: FiniteFloat | None = None
     total: FiniteFloat
     epistemic: FiniteFloat
     aleatoric: FiniteFloat | None = None

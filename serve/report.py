@@ -41,7 +41,9 @@ def describe(
         confidence=confidence,
         calibrated=calibrated,
         auto=auto,
-        tokens=token_details(table, tokens) if plan.options.granularity == "token" else None,
+        tokens=token_details(table, tokens, read=plan.options.mode == "score")
+        if plan.options.granularity == "token"
+        else None,
         samples=[Sample(index=index, mean_logprob=_finite(value)) for index, value in enumerate(members.tolist())],
         **_sequence(table),
     )
@@ -91,7 +93,7 @@ def describe_agreement(
     if table is not None:
         scores = _sequence(table)
         if plan.options.granularity == "token":
-            scores["tokens"] = token_details(table, tokens)
+            scores["tokens"] = token_details(table, tokens, read=True)
     return _uncertainty(
         plan,
         num_samples,
@@ -127,12 +129,13 @@ def sequence_confidence(plan: Plan, table: StepTable) -> tuple[float, bool]:
     return math.exp(min(float(table.log_prob.mean()), 0.0)), False
 
 
-def token_details(table: StepTable, tokens: Sequence[str]) -> list[TokenUncertainty]:
-    """Scores of every token."""
+def token_details(table: StepTable, tokens: Sequence[str], *, read: bool = False) -> list[TokenUncertainty]:
+    """Scores of every token; of a text that was read also those of the token that would have been the most likely."""
     return [
         TokenUncertainty(
             token=token,
             logprob=float(table.log_prob[step]),
+            top_logprob=float(table.top_log_probs[step, 0]) if read else None,
             total=float(table.total[step]),
             aleatoric=float(table.aleatoric[step]),
             epistemic=float(table.epistemic[step]),

@@ -129,10 +129,11 @@ class SequenceUncertainty(_Response):
 
 
 class TokenUncertainty(_Response):
-    """Scores of one token, nats."""
+    """Scores of one token, nats; ``top_logprob``, of the average's most likely token, only of a text that was read."""
 
     token: str
     logprob: float
+    top_logprob: float | None = None
     total: float
     aleatoric: float
     epistemic: float
@@ -212,7 +213,7 @@ class Uncertainty(_Response):
         for field in OPTIONAL:
             if document[field] is None:
                 del document[field]
-        for sample in document.get("samples", ()):
-            for field in [name for name, value in sample.items() if value is None]:
-                del sample[field]
+        for part in (*document.get("samples", ()), *document.get("tokens", ())):
+            for field in [name for name, value in part.items() if value is None]:
+                del part[field]
         return document

@@ -157,6 +157,8 @@ class TextEntry:
             row=torch.arange(len(correct)),
             log_prob=right.clamp(CLIP, 1 - CLIP).log(),
             choice=torch.zeros(len(correct), dtype=torch.int64),
+            top=torch.zeros(len(correct), 1, dtype=torch.int64),
+            top_probs=confidence[:, None],
             correct=correct,
             confidence=confidence,
             brier=(confidence - correct.double()) ** 2,

@@ -81,6 +81,42 @@ def brier_parts(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Br
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationBin:
+    """The predictions whose confidence lies in (low, high].
+
+    Attributes:
+        count, right: how many they are, and how many of them are right.
+        confidence: their mean confidence; None where there are none.
+    """
+
+    low: float
+    high: float
+    count: int
+    right: int
+    confidence: float | None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right ones; None where there are none."""
+        return self.right / self.count if self.count else None
+
+
+def calibration_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> list[CalibrationBin]:
+    """The bins of :func:`ece`, empty ones included: a reliability diagram, and the histogram of the confidence."""
+    confidence, correct = _confidences(confidence, correct)
+    return [
+        CalibrationBin(
+            low=index / bins,
+            high=(index + 1) / bins,
+            count=int(member.sum()),
+            right=int(correct[member].sum()),
+            confidence=float(confidence[member].mean()) if member.any() else None,
+        )
+        for index, member in enumerate(_equal_width(confidence, bins))
+    ]
+
+
 def ece(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
     """Expected calibration error with ``bins`` equal-width bins (i/n, (i+1)/n], 0 included in the first.
 

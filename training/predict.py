@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from credence.adapters.posterior import LoraFactors
@@ -20,6 +21,9 @@ Factors = Mapping[str, LoraFactors]
 
 MAX_POSITIONS = 512
 """Most predictions in one batch: each is a distribution over the vocabulary, 0.5 MB at 128,000 tokens."""
+
+TOP_ANSWERS = 5
+"""Most likely candidates that scores keep of each position: 80 bytes, whatever the number of candidates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +47,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Scores of positions at one temperature; 1-D float64 tensors of equal length (``row`` and ``choice`` int64, ``correct`` bool).
+    """Scores of positions at one temperature; [P] float64 tensors (``row`` and ``choice`` int64, ``correct`` bool).
 
     Attributes:
         log_prob: log-probability of the right candidate, nats; NaN where the row is unlabelled.
@@ -52,6 +56,7 @@ class Scores:
         confidence: probability of the most likely candidate.
         brier: sum over the candidates of (p - y)^2; NaN where unlabelled.
         total: entropy of the (tempered) average, nats. epistemic: mutual information at temperature 1, nats.
+        top: [P, 5] int64, the most likely candidates, best first. top_probs: [P, 5], their probabilities; 0 where there are fewer.
     """
 
     row: Tensor
@@ -62,6 +67,8 @@ class Scores:
     brier: Tensor
     total: Tensor
     epistemic: Tensor
+    top: Tensor
+    top_probs: Tensor
 
     @classmethod
     def concatenate(cls, parts: Sequence["Scores"]) -> "Scores":
@@ -172,6 +179,8 @@ def score(prediction: Prediction, temperature: float = 1.0) -> Scores:
     log_right = tempered.gather(1, prediction.target.clamp_min(0)[:, None]).squeeze(1)
     nan = torch.full_like(log_right, float("nan"))
     epistemic = _entropy(prediction.log_mean_PC) - prediction.expected_entropy
+    top_probs, top = probs.topk(min(TOP_ANSWERS, probs.shape[1]))
+    missing = (0, TOP_ANSWERS - top.shape[1])
     scores = Scores(
         row=prediction.row,
         log_prob=torch.where(known, log_right, nan),
@@ -181,6 +190,8 @@ def score(prediction: Prediction, temperature: float = 1.0) -> Scores:
         brier=torch.where(known, probs.square().sum(-1) - 2 * right + 1, nan),
         total=_entropy(tempered),
         epistemic=epistemic.clamp(0.0, math.log(prediction.k)) if prediction.k > 1 else torch.zeros_like(epistemic),
+        top=F.pad(top, missing),
+        top_probs=F.pad(top_probs, missing),
     )
     return scores.on_cpu()
 

@@ -1,7 +1,7 @@
 """The rows of an evaluation, one JSON object each: what ``credence eval --rows`` writes and other tools read."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from credence.training.data import DataFile, DataFormat, Row
@@ -15,24 +15,30 @@ def row_documents(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
 
     Keys: ``file``, ``line``, ``ood``, ``k``, ``tau``, ``temperature``, ``answer`` and ``predicted`` (a label, a choice, or text),
     ``correct`` (null for rows from elsewhere), ``confidence``, ``log_prob`` (of the answer, nats, summed over its tokens), ``total``,
-    ``epistemic`` and, at temperature 1, ``aleatoric`` (nats per position). Free text is teacher-forced: ``correct`` says that every token
-    is the most likely one, scores are means over the tokens, and ``tokens`` has them one by one.
+    ``epistemic`` and, at temperature 1, ``aleatoric`` (nats per position). Label and choice rows have ``top``, their most likely answers
+    with probabilities. Free text is teacher-forced: ``correct`` says that every token is the most likely one, scores are means over the
+    tokens, and ``tokens`` has them one by one.
     """
     for entry in evaluation.entries:
-        parts = [(False, evaluation.data, evaluation.examples, entry.scores)]
-        if entry.ood is not None and evaluation.ood is not None:
-            parts.append((True, evaluation.ood, evaluation.ood_examples, entry.ood))
-        for is_ood, data, examples, scores in parts:
-            for row, example, positions in zip(data.rows, examples, positions_by_row(scores), strict=True):
-                yield {
-                    "file": data.path.name,
-                    "line": row.line,
-                    "ood": is_ood,
-                    "k": entry.k,
-                    "tau": entry.tau,
-                    "temperature": entry.temperature,
-                    **_document(evaluation, entry, data, row, example, scores, positions),
-                }
+        yield from entry_documents(evaluation, entry)
+
+
+def entry_documents(evaluation: Evaluation, entry: Entry) -> Iterator[dict[str, Any]]:
+    """The rows of one K, tau and temperature; see :func:`row_documents`."""
+    parts = [(False, evaluation.data, evaluation.examples, entry.scores)]
+    if entry.ood is not None and evaluation.ood is not None:
+        parts.append((True, evaluation.ood, evaluation.ood_examples, entry.ood))
+    for is_ood, data, examples, scores in parts:
+        for row, example, positions in zip(data.rows, examples, positions_by_row(scores), strict=True):
+            yield {
+                "file": data.path.name,
+                "line": row.line,
+                "ood": is_ood,
+                "k": entry.k,
+                "tau": entry.tau,
+                "temperature": entry.temperature,
+                **_document(evaluation, entry, data, row, example, scores, positions),
+            }
 
 
 def positions_by_row(scores: Scores) -> list[list[int]]:
@@ -49,6 +55,13 @@ def answer_names(evaluation: Evaluation, row: Row) -> Sequence[str]:
         choices: Sequence[str] = row.fields["choices"]
         return choices
     return evaluation.encoder.space.labels if evaluation.encoder.space is not None else ()
+
+
+def question(data: DataFile, row: Row) -> str:
+    """What the adapter is asked in a row, as text."""
+    if data.format is DataFormat.MESSAGES:
+        return "\n".join(f"{message['role']}: {message['content']}" for message in row.fields["messages"][:-1])
+    return str(row.fields["text" if data.format is DataFormat.LABEL else "prompt"])
 
 
 def reference(data: DataFile, row: Row) -> str:
@@ -82,15 +95,30 @@ def _document(
         "aleatoric": total - epistemic if entry.temperature == 1 else None,
         "epistemic": epistemic,
     }
-    if not names:
+    if names:
+        top = zip(scores.top[positions[0]].tolist(), scores.top_probs[positions[0]].tolist(), strict=True)
+        document["top"] = [{"answer": names[index], "prob": prob} for index, prob in top if prob > 0]
+    else:
         decode = evaluation.encoder.tokenizer.decode
         document["tokens"] = [
             {
-                "token": decode([token]),
+                "token": text,
+                "predicted": decode([int(scores.choice[position])]),
+                "correct": bool(scores.correct[position]),
+                "confidence": float(scores.confidence[position]),
                 "log_prob": float(scores.log_prob[position]),
                 "total": float(scores.total[position]),
                 "epistemic": float(scores.epistemic[position]),
             }
-            for token, position in zip(example.target, positions, strict=True)
+            for text, position in zip(_token_texts(decode, example.target), positions, strict=True)
         ]
     return document
+
+
+def _token_texts(decode: Callable[[list[int]], str], tokens: Sequence[int]) -> Iterator[str]:
+    """The text that each token adds after the one before it: alone, SentencePiece tokens lose the space that opens a word."""
+    before: list[int] = []
+    for token in tokens:
+        start, both = decode(before), decode([*before, token])
+        yield both.removeprefix(start) if before and both.startswith(start) else decode([token])
+        before = [token]

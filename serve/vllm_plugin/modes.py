@@ -219,11 +219,15 @@ class Run:
     async def _read(
         self, prompt_ids: list[int], token_ids: list[int], request_id: str, options: Options
     ) -> StepTable | None:
-        """Scores of a text's tokens on the full vocabulary, by teacher forcing under the samples drawn so far; None without tokens."""
+        """Scores of a text's tokens on the full vocabulary, by teacher forcing under the samples drawn so far; None without tokens.
+
+        If the tokens are reported, each record also has the average's most likely token.
+        """
         if not token_ids:
             return None
         targets = [(len(prompt_ids) - 1 + index, token) for index, token in enumerate(token_ids)]
-        gang = self.ensemble.gang([*prompt_ids, *token_ids[:-1]], targets=targets)
+        num_top = 1 if self.plan.options.granularity == "token" else 0
+        gang = self.ensemble.gang([*prompt_ids, *token_ids[:-1]], targets=targets, num_top=num_top)
         await self._runner.score(gang, request_id, options)
         return gang.table()
 

@@ -91,7 +91,7 @@ class AnswerStream:
             if choice.get("finish_reason") is not None and index in self._run.uncertainty:
                 choice["uncertainty"] = self._tell(index)
             elif self._run.plan.options.granularity == "token" and "role" not in choice.get("delta", {}):
-                tokens = [token.model_dump() for token in self._run.new_tokens(index)]
+                tokens = [token.model_dump(exclude_none=True) for token in self._run.new_tokens(index)]
                 if tokens:
                     choice["uncertainty"] = {"tokens": tokens}
         if chunk.get("usage"):

@@ -12,7 +12,20 @@ from credence.cli import main
 from credence.serve import errors as serve_errors
 from tests.cli.conftest import Command, write
 
-COMMANDS = ("train", "release", "import", "inspect", "draw", "merge", "eval", "serve", "complete", "score")
+COMMANDS = (
+    "train",
+    "release",
+    "import",
+    "inspect",
+    "draw",
+    "merge",
+    "eval",
+    "data",
+    "reproduce",
+    "serve",
+    "complete",
+    "score",
+)
 
 
 def console(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

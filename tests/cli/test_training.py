@@ -1,6 +1,7 @@
 """The training commands hand their options over and show what comes back; the work itself has its own tests."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from credence.training import release as releasing
 from credence.training.config import TrainConfig
 from credence.training.errors import DataError
 from credence.training.loop import TrainResult
+from credence.training.report import write as writing
 from tests.cli.conftest import Command
 
 RESULT = {
@@ -155,6 +157,41 @@ def test_errors_of_the_packages_are_one_sentence(
     monkeypatch.setattr(evaluation, "measure", fail)
     outcome = credence("eval", "a", "--base", "b", "--data", "t")
     assert (outcome.code, outcome.err) == (1, f"credence: {error}\n")
+
+
+def test_eval_writes_a_report(credence: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = Measured({"results": [RESULT]})
+    calls: list[Any] = []
+
+    def write(folder: Path, evaluation: Any, document: Any, *, name: str, command: str) -> Path:
+        calls.append((folder, evaluation, document, name))
+        assert folder.is_dir() and command.startswith("credence ")
+        return folder / "report.html"
+
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: measured)
+    monkeypatch.setattr(writing, "write_report", write)
+    ask = ("eval", tmp_path / "triage", "--base", "b", "--data", "t", "--report")
+    outcome = credence(*ask, tmp_path / "new" / "out")
+    assert outcome.code == 0 and f"wrote {tmp_path}/new/out/report.html" in outcome.out
+    assert calls == [(tmp_path / "new" / "out", measured, measured.found, "triage")]
+
+
+def test_a_report_that_cannot_be_written_costs_no_evaluation(
+    credence: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measure(*_: Any, **__: Any) -> None:
+        raise AssertionError("the evaluation started")
+
+    monkeypatch.setattr(evaluation, "measure", measure)
+    (tmp_path / "file").touch()
+    ask = ("eval", "a", "--base", "b", "--data", "t", "--report", tmp_path / "file")
+    outcome = credence(*ask)
+    assert (outcome.code, "is no folder and cannot be made" in outcome.err) == (1, True)
+    for name in [name for name in sys.modules if name.startswith("credence.training.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = credence(*ask)
+    assert outcome.code == 1 and "pip install 'credence[report]'" in outcome.err
 
 
 def test_eval_on_a_server_needs_its_address_and_a_name(credence: Command, monkeypatch: pytest.MonkeyPatch) -> None:

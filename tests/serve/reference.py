@@ -21,6 +21,8 @@ class Step:
     log_prob: float
     calibrated: float
     """Log-probability of the token after the temperature, ln (p^(1/T) / sum p^(1/T))."""
+    top: float
+    """Log-probability of the average's most likely token."""
 
 
 class Reference:
@@ -87,4 +89,6 @@ def _step(members: torch.Tensor, token: int, temperature: float) -> Step:
     aleatoric = float(torch.special.entr(members).sum(-1).mean())
     tempered = average ** (1 / temperature)
     calibrated = float((tempered[token] / tempered.sum()).log())
-    return Step(token, total, aleatoric, total - aleatoric, float(average[token].log()), calibrated)
+    return Step(
+        token, total, aleatoric, total - aleatoric, float(average[token].log()), calibrated, float(average.max().log())
+    )

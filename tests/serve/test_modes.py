@@ -54,6 +54,8 @@ class Parity:
             for score in SCORES:
                 self.close(name, token[score], getattr(step, score))
             self.close(name, token["logprob"], step.log_prob)
+            if "top_logprob" in token:
+                self.close(name, token["top_logprob"], step.top)
         for score in SCORES:
             self.close(name, uncertainty[score], sum(getattr(step, score) for step in steps) / len(steps))
         self.close(name, uncertainty["sequence"]["mean_logprob"], sum(step.log_prob for step in steps) / len(steps))
@@ -353,6 +355,7 @@ def test_the_score_route(server: Server, reference: Reference, parity: Parity) -
         document = response.json()
         parity.described("score route", document["uncertainty"], steps)
         assert [token["token"] for token in document["uncertainty"]["tokens"]] == [words([token]) for token in text]
+        assert all(token["logprob"] <= token["top_logprob"] for token in document["uncertainty"]["tokens"])
         assert document["object"] == "uncertainty.score"
         assert document["usage"]["completion_tokens"] == 4 and document["usage"]["prompt_tokens"] == len(PROMPT)
     messages = [*MESSAGES, {"role": "assistant", "content": words(text).strip()}]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from credence.training.predict import Scores
+from credence.training.predict import TOP_ANSWERS, Scores
 from credence.training.summary import intervals, summarise
 
 
@@ -27,6 +27,8 @@ def scores_of(rows: int, positions: int = 1, *, right: float = 0.8, seed: int = 
         brier=(1 - confidence) ** 2,
         total=torch.rand(len(row), generator=generator, dtype=torch.float64),
         epistemic=torch.rand(len(row), generator=generator, dtype=torch.float64),
+        top=torch.zeros((len(row), TOP_ANSWERS), dtype=torch.int64),
+        top_probs=torch.zeros(len(row), TOP_ANSWERS),
     )
 
 
@@ -60,6 +62,8 @@ def test_a_resample_holds_whole_rows() -> None:
         row=torch.tensor([1, 0, 1, 2, 1]),
         choice=torch.zeros(5, dtype=torch.int64),
         correct=torch.tensor([True] * 5),
+        top=torch.zeros((5, TOP_ANSWERS), dtype=torch.int64),
+        top_probs=torch.zeros(5, TOP_ANSWERS),
         **{name: torch.tensor([1.0, 2, 3, 4, 5]) for name in ("log_prob", "confidence", "brier", "total", "epistemic")},
     )
     whole = {(2.0,), (1.0, 3.0, 5.0), (4.0,)}
