@@ -2,6 +2,7 @@
 
     adapter_config.json, adapter_model.safetensors   the mean, plain PEFT LoRA, float32
     posterior.json, posterior.safetensors            kind, method, settings, noise convention, fitted tau; the parameters
+    head.safetensors                                 of an encoder (task_type SEQ_CLS): its classification head, float32, without noise
     calibration.json, metrics.json, README.md        optional: temperatures by K, measured numbers, model card
     config.yaml                                      optional: every setting of the run that made it, under comments
     manifest.json                                    size and SHA-256 of every file above, dtype and shape of every tensor
@@ -15,7 +16,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from credence.adapters.errors import ArtifactError, PosteriorError
 from credence.adapters.files import (
     CALIBRATION,
     CARD,
+    HEAD_TENSORS,
     MANIFEST,
     MEAN_CONFIG,
     MEAN_TENSORS,
@@ -67,6 +69,9 @@ from credence.adapters.sampling import NoiseSource
 PARTIAL_KINDS = ("diag", "lowrank")
 """Kinds of which a module without tensors is deterministic if another one of the artifact has some (last-layer Laplace)."""
 
+CLASSIFIER_TASK = "SEQ_CLS"
+"""PEFT's task_type of an artifact with a classification head."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
@@ -78,6 +83,7 @@ class Artifact:
         mean: factors by module (PEFT's module names without their prefix).
         posteriors: posterior by module; the same keys as ``mean``. Of some kinds a module may be deterministic, kind ``point``.
         run_config: text of config.yaml, the settings of the training run, if there is one; it is not parsed.
+        head: of an encoder, the parameters of its classification head by their names in the model without PEFT; empty for others.
     """
 
     path: Path
@@ -90,6 +96,7 @@ class Artifact:
     metrics: dict[str, Any]
     manifest: Manifest
     run_config: str | None = None
+    head: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def has_posterior(self) -> bool:
@@ -176,6 +183,7 @@ def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int
     )
     mean = factors_of(mean_tensors, config.rank, folder / MEAN_TENSORS)
     posteriors = _posteriors(posterior_tensors, config, mean, folder / POSTERIOR_TENSORS)
+    head = _head(contents, manifest, adapter_config, folder)
     run_config = _text(contents[RUN_CONFIG], folder / RUN_CONFIG) if RUN_CONFIG in contents else None
     kept = folder
     if store is not None:
@@ -192,6 +200,7 @@ def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int
         metrics=metrics,
         manifest=manifest,
         run_config=run_config,
+        head=head,
     )
 
 
@@ -206,6 +215,7 @@ def write_artifact(
     metrics: Mapping[str, Any] | None = None,
     card: str | Callable[[Mapping[str, int]], str] | None = None,
     run_config: str | None = None,
+    head: Mapping[str, Tensor] | None = None,
     replace: bool = False,
 ) -> str:
     """Writes an artifact as one step: a failure leaves ``path`` as it was. What was written is read back and verified.
@@ -215,6 +225,7 @@ def write_artifact(
         mean, posteriors: by module, equal keys; written as float32.
         card: text of the folder's README.md, or a function that writes it from the sizes of the other files (bytes, by name).
         run_config: text of config.yaml.
+        head: an encoder's classification head; ``adapter_config`` then has task_type SEQ_CLS. Written as float32.
         replace: replace the artifact at ``path``; otherwise an existing non-empty path is refused.
 
     Returns:
@@ -240,6 +251,8 @@ def write_artifact(
         POSTERIOR_CONFIG: _dump_json(config.model_dump(mode="json")),
         POSTERIOR_TENSORS: dump_safetensors({name: _float32(tensor) for name, tensor in stored.items()}),
     }
+    if head:
+        contents[HEAD_TENSORS] = dump_safetensors({name: _float32(tensor) for name, tensor in head.items()})
     if calibration is not None:
         contents[CALIBRATION] = _dump_json(calibration.model_dump(mode="json"))
     if metrics is not None:
@@ -261,23 +274,43 @@ def write_artifact(
 def write_sample(path: str | Path, artifact: Artifact, *, seed: int, index: int, tau: float) -> None:
     """Writes sample ``index`` as a plain PEFT LoRA folder: what the server serves as that sample.
 
+    An encoder's folder also holds the classification head, as PEFT stores modules that were trained as a whole (modules_to_save).
+
     Raises:
         ArtifactError: if ``path`` exists and is not empty.
     """
     check_tau(tau)
     factors = artifact.draw(seed=seed, index=index, tau=tau)
-    write_factors(path, config_of_rank(artifact.adapter_config, factors), factors)
+    write_factors(path, config_of_rank(artifact.adapter_config, factors), factors, artifact.head)
 
 
-def write_factors(path: str | Path, adapter_config: Mapping[str, Any], factors: Mapping[str, LoraFactors]) -> None:
+def write_factors(
+    path: str | Path,
+    adapter_config: Mapping[str, Any],
+    factors: Mapping[str, LoraFactors],
+    head: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes factors (float32) and their PEFT configuration as a plain LoRA folder.
+
+    Args:
+        head: a classification head, whose modules PEFT then loads in place of the base model's.
 
     Raises:
         ArtifactError: if ``path`` exists and is not empty.
     """
+    tensors, config = peft_tensors(factors), dict(adapter_config)
+    if head:
+        tensors |= {f"{PEFT_PREFIX}{name}": _float32(tensor) for name, tensor in head.items()}
+        config["modules_to_save"] = sorted({_saved_module(name) for name in head})
     with replacing_folder(Path(path), replace=False) as folder:
-        (folder / MEAN_CONFIG).write_bytes(_dump_json(adapter_config))
-        (folder / MEAN_TENSORS).write_bytes(dump_safetensors(peft_tensors(factors), metadata={"format": "pt"}))
+        (folder / MEAN_CONFIG).write_bytes(_dump_json(config))
+        (folder / MEAN_TENSORS).write_bytes(dump_safetensors(tensors, metadata={"format": "pt"}))
+
+
+def _saved_module(parameter: str) -> str:
+    """Module of a head's parameter as PEFT saves it; these two it wraps as a whole whatever the configuration says."""
+    top = parameter.partition(".")[0]
+    return top if top in ("classifier", "score") else parameter.rpartition(".")[0]
 
 
 def peft_tensors(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
@@ -335,6 +368,27 @@ def _tensors(data: bytes, entry: FileEntry, path: Path) -> dict[str, Tensor]:
             raise refused(f"{path}: {name} is {tensor.dtype}, means and posteriors are float32", "unsupported", path)
     check_finite(tensors, path)
     return tensors
+
+
+def _head(
+    contents: Mapping[str, bytes], manifest: Manifest, adapter_config: Mapping[str, Any], folder: Path
+) -> dict[str, Tensor]:
+    """The classification head, which is there exactly if PEFT's configuration says that the adapter classifies."""
+    path, task = folder / HEAD_TENSORS, adapter_config.get("task_type")
+    if (HEAD_TENSORS in contents) != (task == CLASSIFIER_TASK):
+        found = "there is a" if HEAD_TENSORS in contents else "there is no"
+        raise refused(
+            f"{folder}: {MEAN_CONFIG} has task_type {task!r} and {found} {HEAD_TENSORS}; adapters of task_type {CLASSIFIER_TASK} have a "
+            "classification head, others have none",
+            "malformed" if HEAD_TENSORS in contents else "missing",
+            path,
+        )
+    if HEAD_TENSORS not in contents:
+        return {}
+    head = _tensors(contents[HEAD_TENSORS], manifest.files[HEAD_TENSORS], path)
+    if not head:
+        raise refused(f"{path} holds no tensor; a classification head has some", "malformed", path)
+    return head
 
 
 def _posteriors(

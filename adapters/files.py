@@ -20,8 +20,9 @@ MEAN_CONFIG, MEAN_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 POSTERIOR_CONFIG, POSTERIOR_TENSORS = "posterior.json", "posterior.safetensors"
 CALIBRATION, METRICS, CARD, MANIFEST = "calibration.json", "metrics.json", "README.md", "manifest.json"
 RUN_CONFIG = "config.yaml"
+HEAD_TENSORS = "head.safetensors"
 REQUIRED = (MEAN_CONFIG, MEAN_TENSORS, POSTERIOR_CONFIG, POSTERIOR_TENSORS)
-OPTIONAL = (CALIBRATION, METRICS, CARD, RUN_CONFIG)
+OPTIONAL = (CALIBRATION, METRICS, CARD, RUN_CONFIG, HEAD_TENSORS)
 
 D = TypeVar("D", bound=Document)
 

@@ -227,6 +227,13 @@ def merge(
     with replacing_folder(Path(output), replace=False) as folder:
         store = folder / ".store"
         artifact = load_artifact(adapter, store=store)
+        if artifact.head:
+            raise refused(
+                f"{adapter} is a classifier on an encoder, with a head of its own; causal language models are merged: evaluate it with "
+                "`credence eval`",
+                "unsupported",
+                Path(adapter),
+            )
         checkpoint = _Checkpoint.open(source)
         dtype = dtype or checkpoint.usual_dtype()
         _check_fits(artifact, checkpoint, linear_modules)

@@ -118,7 +118,7 @@ def read_peft_folder(path: str | Path, max_bytes: int = DEFAULT_MAX_BYTES) -> Pe
                 folder / MEAN_TENSORS,
             )
     check_finite(parsed, folder / MEAN_TENSORS)
-    # PEFT names the base model's class there where no task_type was given; an artifact is for causal language models.
+    # PEFT names the base model's class there where no task_type was given; an artifact names none.
     document = {**json_object(config, folder / MEAN_CONFIG), "auto_mapping": None}
     return PeftFolder(
         config=document,

@@ -266,6 +266,7 @@ def _sizes(artifact: "Artifact") -> dict[str, int]:
         "posterior_parameters": sum(
             tensor.numel() for posterior in artifact.posteriors.values() for tensor in posterior.tensors().values()
         ),
+        "head_parameters": sum(tensor.numel() for tensor in artifact.head.values()),
         "bytes": sum(entry.size for entry in artifact.manifest.files.values()),
     }
 
@@ -275,7 +276,7 @@ def _warnings(artifact: "Artifact", precision: "PrecisionReport", merged: "Merge
     below = precision.below_one_ulp(WARN_DTYPE)
     # Deltas hold such noise, but bfloat16 arithmetic then rounds it away (benchmarks/results/merged_precision.md).
     where = "most of it rounds away" if merged is None else "its deltas hold it, bfloat16 arithmetic does not"
-    if below:
+    if below and not artifact.head:  # classifiers are not served, and evaluated in float32 unless trained otherwise
         found.append(
             f"{len(below)} of {len(precision.factors)} factors have noise below 1 ulp of {WARN_DTYPE} "
             f"(first: {below[0]}): {where}; serve with --dtype float32, or raise tau"
@@ -295,6 +296,7 @@ def _print(artifact: "Artifact", precision: "PrecisionReport", merged: "MergedMo
             f"{merged.name}, {merged.dtype} weights (verified), samples are deltas of rank {merged.rank}"
         )
     revision = f" at {config.base_model.revision}" if config.base_model.revision else ""
+    head = f", {sizes['head_parameters']:,} classification head" if artifact.head else ""
     print(
         rows(
             {
@@ -304,7 +306,7 @@ def _print(artifact: "Artifact", precision: "PrecisionReport", merged: "MergedMo
                 "digest": f"{artifact.digest} (verified)",
                 "base model": f"{config.base_model.name}{revision}",
                 "LoRA": f"r {config.rank}, alpha {config.lora_alpha:g}, {sizes['modules']} modules of {', '.join(config.target_modules)}",
-                "parameters": f"{sizes['mean_parameters']:,} mean, {sizes['posterior_parameters']:,} posterior",
+                "parameters": f"{sizes['mean_parameters']:,} mean, {sizes['posterior_parameters']:,} posterior{head}",
                 "size": f"{sizes['bytes']:,} bytes",
                 "tau": _fits(config.tau),
                 "temperature": _fits(artifact.calibration.temperature),

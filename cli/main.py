@@ -14,7 +14,20 @@ from typing import Annotated
 
 import typer
 
-from credence.cli import artifact, bench, complete, data, export, harness, importer, reproduce, score, serve, training
+from credence.cli import (
+    artifact,
+    bench,
+    complete,
+    data,
+    export,
+    harness,
+    importer,
+    reproduce,
+    robustness,
+    score,
+    serve,
+    training,
+)
 from credence.cli.output import CommandError
 
 FAILED = 1
@@ -31,6 +44,7 @@ app.command("merge")(artifact.merge)
 app.command("eval")(training.evaluate)
 app.command("data")(data.data)
 app.command("reproduce")(reproduce.reproduce)
+app.command("robustness")(robustness.robustness)
 app.command(
     "serve",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},

@@ -174,6 +174,10 @@ class Server:
             ModelError: the base model's tokenizer is not usable, or the artifact does not say what data it was trained on.
             CredenceError: the server cannot be asked; see ``credence.clients.errors``.
         """
+        if artifact.head:
+            raise MetricError(
+                f"{artifact.path} is a classifier on an encoder, which no server serves; evaluate it with --engine hf"
+            )
         data_format = artifact_format(artifact)
         if not data_format.has_candidates:
             raise MetricError(

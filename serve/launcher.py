@@ -100,6 +100,11 @@ def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], in
             artifact = load_artifact(path, store=store)
         except ArtifactError as error:
             raise ConfigurationError(f"--adapter {name}={path} is refused ({error.reason}): {error}") from error
+        if artifact.head:
+            raise ConfigurationError(
+                f"--adapter {name}={path} is a classifier on an encoder, with a head of its own; vLLM serves causal language models: "
+                "evaluate it with `credence eval`"
+            )
         stored[name] = str(artifact.path)
         rank = max(rank, artifact.config.rank)
         modules |= _adapted(artifact)

@@ -65,6 +65,9 @@ def _facts(config: PosteriorConfig, metrics: Mapping[str, Any]) -> str:
 def _labels(training: Mapping[str, Any]) -> str:
     if not training.get("labels"):
         return ""
+    if training.get("by_head"):
+        read = "a pair of texts" if "{text_b}" in training["template"] else "one text"
+        return f"Classes, in the order of the classification head: {', '.join(training['labels'])}. A row is {read}."
     pairs = zip(training["labels"], training["label_texts"], strict=True)
     letters = ", ".join(f"{name} `{text}`" for name, text in pairs)
     return f"Labels and the letters that stand for them: {letters}.\n\nPrompt:\n\n```\n{training['template']}\n```"
@@ -119,13 +122,19 @@ def _maps(calibration: Calibration, released: Mapping[str, Any]) -> str:
 
 
 def _serving(config: PosteriorConfig, calibration: Calibration) -> str:
+    if config.training.get("by_head"):
+        return _evaluating(config, calibration)
     name, base = served_name(config), config.base_model.name
     samples = _samples(config, calibration)
     command = f"credence serve {shlex.quote(base)} --adapter {name}=."
     if samples > SERVER_MAX_SAMPLES:
         command += f" --max-samples {samples}"
     data_format = config.training.get("format")
-    prompt = config.training["template"].replace("{text}", "...") if config.training.get("labels") else "..."
+    prompt = (
+        config.training["template"].replace("{text}", "...").replace("{text_b}", "...")
+        if config.training.get("labels")
+        else "..."
+    )
     most_tokens = 1 if data_format in ("label", "choices") else 64
     options = {"max_tokens": most_tokens, "temperature": 0, "uncertainty": {"n_samples": samples}}
     given: dict[str, Any] = {"prompt": prompt}
@@ -162,6 +171,22 @@ The mean adapter (`adapter_model.safetensors`) is a plain PEFT LoRA and loads in
 `posterior.safetensors`; `credence draw` writes samples as plain LoRA folders."""
 
 
+def _evaluating(config: PosteriorConfig, calibration: Calibration) -> str:
+    pair = ', "text_b": "..."' if "{text_b}" in config.training["template"] else ""
+    return f"""## How to use it
+
+An encoder with a classification head, which vLLM does not serve. In this folder, with `{config.base_model.name}` the base model's hub id
+or the path of its folder, and rows `{{"text": "..."{pair}, "label": "..."}}`:
+
+```
+credence eval . --base {shlex.quote(config.base_model.name)} --data test.jsonl --k 0,{_samples(config, calibration)}
+credence draw . --k {_samples(config, calibration)} --output samples
+```
+
+The head is in `head.safetensors`; the mean adapter (`adapter_model.safetensors`) is a plain PEFT LoRA without it. `credence draw` writes
+samples with the head as folders that PEFT loads whole; with `--tau 0` they are the mean."""
+
+
 def _limits(config: PosteriorConfig, calibration: Calibration, released: Mapping[str, Any]) -> str:
     fitted = sorted(k for k in calibration.temperature if k > 0)
     lines = []
@@ -187,6 +212,8 @@ def _limits(config: PosteriorConfig, calibration: Calibration, released: Mapping
 def _precision(config: PosteriorConfig, released: Mapping[str, Any]) -> str:
     record = _mapping(released.get("precision"))
     ratio = _mapping(record.get("sd_over_ulp")).get("bfloat16")
+    if config.training.get("by_head"):
+        return "- In another dtype than it was fitted with, its probabilities change by rounding."
     if config.kind == "point":
         return "- Served in another dtype than it was fitted with, its probabilities change by rounding."
     if ratio is None:

@@ -108,15 +108,20 @@ def _check_same_run(path: Path, run: Mapping[str, Any]) -> None:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         raise CheckpointError(f"{path} cannot be read; delete {path.parent} to start again") from None
-    expected = json.loads(json.dumps(run))
-    if found == expected:
-        return
-    before, now = _flat(found), _flat(expected)
-    key = min(key for key in {*before, *now} if before.get(key) != now.get(key))
-    raise CheckpointError(
-        f"the checkpoints in {path.parent} are of another run: {key} was {before.get(key)!r} and is now {now.get(key)!r}; "
-        "resume with the same settings, or delete the folder to start again"
-    )
+    difference = first_difference(found, run)
+    if difference is not None:
+        key, before, now = difference
+        raise CheckpointError(
+            f"the checkpoints in {path.parent} are of another run: {key} was {before!r} and is now {now!r}; "
+            "resume with the same settings, or delete the folder to start again"
+        )
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first dotted key, by name, in which two JSON descriptions differ, with its two values; None if they are equal."""
+    old, new = _flat(json.loads(json.dumps(before))), _flat(json.loads(json.dumps(now)))
+    differing = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return differing[0] if differing else None
 
 
 def _flat(document: Any, prefix: str = "") -> dict[str, Any]:

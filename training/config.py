@@ -52,6 +52,8 @@ class TrainSettings(Section):
             without training, for the methods that can.
         batch_size: rows per forward pass and device; times ``gradient_accumulation`` per optimiser step.
         learning_rate, weight_decay, max_grad_norm, lr_scheduler: None takes the method's default.
+        head_learning_rate: AdamW's rate for the classification head of an encoder; None takes the method's default, which is
+            ``learning_rate`` for all but ivon.
         dtype: of the base model; the adapter is always float32.
         quantization: quantises the base model's linear layers while it is loaded (bitsandbytes).
         max_length: longest row in tokens; None takes the model's context length. Longer rows are errors, never cut.
@@ -70,6 +72,7 @@ class TrainSettings(Section):
     batch_size: int = Field(default=8, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
+    head_learning_rate: float | None = Field(default=None, gt=0)
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] | None = None
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float | None = Field(default=None, ge=0)
@@ -98,7 +101,8 @@ class DataSettings(Section):
     """How rows become prompts.
 
     Attributes:
-        template: prompt of a {"text", "label"} row; holds ``{text}`` once.
+        template: prompt of a {"text", "label"} row; holds ``{text}`` once, and of pairs of texts ``{text_b}`` once. Encoders have none:
+            they read the texts as they are.
     """
 
     template: str = DEFAULT_TEMPLATE
@@ -108,6 +112,8 @@ class DataSettings(Section):
     def _holds_text(cls, value: str) -> str:
         if value.count("{text}") != 1:
             raise ValueError(f"the template must hold {{text}} exactly once, got {value!r}")
+        if value.count("{text_b}") > 1:
+            raise ValueError(f"the template can hold {{text_b}} once, got {value!r}")
         return value
 
 

@@ -1,13 +1,13 @@
 """Reads training and evaluation data: JSON Lines, recognised by their fields.
 
-    {"text", "label"}               classification
+    {"text", "label"}               classification; with "text_b" of a pair of texts
     {"prompt", "choices", "answer"} multiple choice; answer is the index of the right choice
     {"prompt", "completion"}        fine-tuning on the completion
     {"messages"}                    chat; the last message is the assistant's and is what is learned
 
 Free text may have an "answer", which generated texts are compared with instead of the reference, and {"prompt", "completion"} rows "test"
-and "entry_point", a program's test and the function it calls. Other fields are ignored. Every row of a file has the same format. A bad
-row is named by file and line.
+and "entry_point", a program's test and the function it calls. Other fields are ignored. Every row of a file has the same format, and all
+or none have a "text_b". A bad row is named by file and line.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class DataFormat(StrEnum):
     """What the rows of a file are."""
 
     LABEL = "label"
-    """{"text", "label"}: one of a fixed set of labels."""
+    """{"text", "label"}, or {"text", "text_b", "label"}: one of a fixed set of labels."""
     CHOICES = "choices"
     """{"prompt", "choices", "answer"}: choices that differ from row to row."""
     COMPLETION = "completion"
@@ -48,6 +48,8 @@ FIELDS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.COMPLETION: ("prompt", "completion"),
     DataFormat.MESSAGES: ("messages",),
 }
+PAIR = "text_b"
+"""Second text of a {"text", "label"} row, if it classifies a pair."""
 
 OPTIONAL_FIELDS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.COMPLETION: ("answer", "test", "entry_point"),
@@ -82,6 +84,11 @@ class DataFile:
         if self.format is not DataFormat.LABEL:
             return ()
         return tuple(sorted({row.fields["label"] for row in self.rows}))
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the rows hold two texts."""
+        return PAIR in self.rows[0].fields
 
 
 def read_data(path: str | Path, *, expected: DataFormat | None = None) -> DataFile:
@@ -122,7 +129,15 @@ def read_data(path: str | Path, *, expected: DataFormat | None = None) -> DataFi
         complaint = CHECKS[row_format](document) or _text_complaint(document, *optional)
         if complaint:
             raise DataError(complaint, file=path, line=number)
-        rows.append(Row(number, {name: document[name] for name in (*FIELDS[row_format], *optional)}))
+        names = (*FIELDS[row_format], *([PAIR] if row_format is DataFormat.LABEL and PAIR in document else []))
+        if rows and (PAIR in names) != (PAIR in rows[0].fields):
+            with_it, without = (number, rows[0].line) if PAIR in names else (rows[0].line, number)
+            raise DataError(
+                f'line {with_it} has a "{PAIR}" and line {without} has none; put pairs and single texts in files of their own',
+                file=path,
+                line=number,
+            )
+        rows.append(Row(number, {name: document[name] for name in (*names, *optional)}))
     if found is None:
         raise DataError("holds no row; give a JSON Lines file with one object a line", file=path)
     return DataFile(path=path, format=found, rows=tuple(rows), sha256=hashlib.sha256(data).hexdigest())
@@ -164,7 +179,7 @@ def _text_complaint(document: Mapping[str, Any], *names: str) -> str | None:
 
 
 def _check_label(document: Mapping[str, Any]) -> str | None:
-    return _text_complaint(document, "text", "label")
+    return _text_complaint(document, "text", *([PAIR] if PAIR in document else []), "label")
 
 
 def _check_completion(document: Mapping[str, Any]) -> str | None:

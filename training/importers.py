@@ -51,7 +51,7 @@ from credence.training.config import TrainConfig
 from credence.training.data import DataFormat, read_data
 from credence.training.errors import ConfigError
 from credence.training.loop import train
-from credence.training.modeling import ADAPTER, load_tokenizer
+from credence.training.modeling import ADAPTER, is_encoder, load_tokenizer
 from credence.training.prompts import label_space
 from credence.training.release import release
 
@@ -279,6 +279,12 @@ def _import_ivon_checkpoint(request: ImportRequest) -> str:
         raise refused(
             f"{folder.parent / RUN_FILE} is not a run's description: {error!r}", "malformed", folder
         ) from None
+    if rows.get("by_head"):
+        raise refused(
+            f"{folder} is a checkpoint of an encoder with a classification head, which is not imported; finish the run with --resume",
+            "unsupported",
+            folder,
+        )
     tensors = parse_tensors(adapter_bytes, folder / ADAPTER_FILE)
     check_finite(tensors, folder / ADAPTER_FILE)
     mean = factors_of(
@@ -401,6 +407,12 @@ def _import_ensemble(request: ImportRequest) -> str:
 def _read_member(folder: Path) -> _Contents:
     if (folder / MANIFEST).exists():
         artifact = load_artifact(folder)
+        if artifact.head:
+            raise refused(
+                f"{folder} has a classification head of its own; an ensemble has one base model without heads",
+                "unsupported",
+                folder,
+            )
         if artifact.config.kind == "ensemble":
             raise refused(f"{folder} is an ensemble; give its members", "unsupported", folder)
         config = artifact.config
@@ -540,6 +552,11 @@ def _rows_record(request: ImportRequest) -> dict[str, Any]:
     if request.base is None:
         raise ConfigError("--data needs the base model's tokenizer: give --base", key="base")
     assert request.data is not None
+    if is_encoder(request.base):
+        raise ConfigError(
+            f"{request.base} is an encoder, and the adapter has no classification head; adapters of causal language models are imported",
+            key="base",
+        )
     data = read_data(request.data)
     record: dict[str, Any] = {"format": str(data.format)}
     if data.format is DataFormat.LABEL:

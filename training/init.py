@@ -1,14 +1,17 @@
 """The adapter a run starts from (``lora.init``): the mean of an artifact, or a PEFT LoRA folder."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from credence.adapters.artifact import load_artifact
 from credence.adapters.files import MANIFEST, MEAN_CONFIG, MEAN_TENSORS, POSTERIOR_CONFIG
 from credence.adapters.peft_folder import check_peft_config, factors_of, read_peft_folder
 from credence.adapters.posterior import LoraFactors
+from credence.training.classifier import Head
 from credence.training.config import LoraSettings
 from credence.training.errors import ConfigError, ModelError
 
@@ -22,6 +25,7 @@ class StartingAdapter:
         digest: of the artifact, or of the PEFT folder's two files; ``sha256:<64 hex>``.
         rank, alpha: its r and lora_alpha.
         factors: by module.
+        labels, head: of an encoder's artifact, its labels and its classification head; empty for others.
     """
 
     name: str
@@ -29,10 +33,35 @@ class StartingAdapter:
     rank: int
     alpha: int | float
     factors: Mapping[str, LoraFactors]
+    labels: tuple[str, ...] = ()
+    head: Mapping[str, Tensor] = field(default_factory=dict)
 
     def record(self) -> dict[str, str]:
         """What a checkpoint and the artifact say about it."""
         return {"folder": self.name, "digest": self.digest}
+
+    def load_head(self, head: Head, labels: Sequence[str], *, trains: bool) -> None:
+        """Puts this adapter's classification head into ``head``. A LoRA without one leaves the head to training.
+
+        Args:
+            labels: of the run.
+            trains: whether steps that change it follow.
+
+        Raises:
+            ModelError: the heads do not fit, the labels differ, or there is no head and none will be trained.
+        """
+        if self.head:
+            if head.parameters and self.labels != tuple(labels):
+                raise ModelError(
+                    f"the adapter {self.name} classifies {', '.join(self.labels)}, the data have {', '.join(labels)}; a run that starts "
+                    "from its head needs the same labels"
+                )
+            head.load(self.head)
+        elif head.parameters and not trains:
+            raise ModelError(
+                f"the adapter {self.name} has no classification head and this run trains none; give an artifact that was trained on an "
+                "encoder"
+            )
 
     def settings(self, given: LoraSettings, model: Any) -> LoraSettings:
         """The run's LoRA settings: this adapter's r, alpha and modules, and its name in place of the path.
@@ -83,11 +112,15 @@ def read_start(path: str | Path) -> StartingAdapter:
         ArtifactError: the folder is refused; ``reason`` says why.
     """
     folder = Path(path)
+    head: Mapping[str, Tensor] = {}
+    labels: tuple[str, ...] = ()
     if (folder / MANIFEST).exists() or (folder / POSTERIOR_CONFIG).exists():
         artifact = load_artifact(folder)
         digest, rank, alpha, factors = (
             artifact.digest, artifact.config.rank, artifact.config.lora_alpha, artifact.mean,
         )  # fmt: skip
+        if artifact.head:
+            head, labels = artifact.head, tuple(artifact.config.training.get("labels", ()))
     else:
         content = read_peft_folder(folder)
         check_peft_config(content.config, folder / MEAN_CONFIG)
@@ -99,4 +132,6 @@ def read_start(path: str | Path) -> StartingAdapter:
         rank=rank,
         alpha=int(alpha) if float(alpha).is_integer() else alpha,
         factors=factors,
+        labels=labels,
+        head=head,
     )

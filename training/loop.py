@@ -15,28 +15,28 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from credence.adapters.artifact import write_artifact
+from credence.adapters.artifact import CLASSIFIER_TASK, write_artifact
 from credence.adapters.config import BaseModelRef, Calibration, PosteriorConfig
 from credence.training.card import model_card
 from credence.training.checkpoint import checkpoint_folder, prepare_folder
-from credence.training.config import Section, TrainConfig
+from credence.training.classifier import Head, check_padding, load_model
+from credence.training.config import DEFAULT_TEMPLATE, Section, TrainConfig
 from credence.training.data import DataFile, DataFormat, read_data
 from credence.training.distributed import Processes, joined_processes
 from credence.training.errors import ConfigError, DataError
 from credence.training.init import read_start
-from credence.training.methods import METHODS, Method, Plan, TrainingRows, method_class, method_settings
+from credence.training.methods import METHODS, Ensemble, Method, Plan, TrainingRows, method_class, method_settings
 from credence.training.modeling import (
     add_lora,
     base_reference,
     context_length,
     initialise,
-    load_base,
     load_tokenizer,
     set_factors,
 )
 from credence.training.monitor import Monitor, check_settings
 from credence.training.predict import Predictor
-from credence.training.prompts import Encoder, Example, LabelSpace, label_space
+from credence.training.prompts import Encoder, Example, LabelSpace, class_space, label_space
 from credence.training.release import ReleaseResult, fit_and_check, held_out_rows
 from credence.training.run_config import run_config
 from credence.training.session import pad_token
@@ -145,12 +145,17 @@ def _train(
     start = read_start(config.lora.init) if config.lora.init is not None else None
     tokenizer = load_tokenizer(base)
     set_seed(seed)
-    model = load_base(base, config.train.dtype, config.train.quantization)
+    train_file = read_data(data)
+    num_classes = len(train_file.labels) or None
+    model, head = load_model(base, config.train.dtype, config.train.quantization, num_classes=num_classes)
+    check_head(head, chosen, config)
+    if head.parameters:
+        check_padding(model, tokenizer)
     reference = base_reference(base, model)
     if start is not None:
         config = config.model_copy(update={"lora": start.settings(config.lora, model)})
     context = context_length(model)
-    loaded = _load_data(tokenizer, data, validation, config, context)
+    loaded = _load_data(tokenizer, train_file, validation, config, context, by_head=bool(head.parameters))
     run = {
         "base_model": reference.model_dump(),
         "method": method,
@@ -166,11 +171,15 @@ def _train(
         **({"processes": processes.count} if processes.count > 1 else {}),
     }
     checkpoint = processes.on_first(lambda: prepare_folder(output, run, resume=resume))
-    peft_model, sites = add_lora(model, config.lora)
+    peft_model, sites = add_lora(model, config.lora, head.modules)
     initialise(sites, seed)
     if start is not None:
         set_factors(sites, start.factors)
     trained: Method = chosen(settings, sites)
+    trained.head = head
+    head.start(seed, trains=trained.trains_head)
+    if start is not None:
+        start.load_head(head, train_file.labels, trains=trained.trains_head and config.train.max_steps != 0)
     monitor = Monitor(
         method=trained,
         predictor=Predictor(peft_model, sites, pad_token(tokenizer)),
@@ -198,6 +207,7 @@ def _train(
     if not processes.is_first:
         return processes.result(None)
     monitor.restore_best(trainer)
+    head.load(trained.final_head())
     trained.fit_posterior(
         TrainingRows(
             model=peft_model,
@@ -252,6 +262,7 @@ def _train(
         metrics=metrics,
         card=lambda sizes: model_card(artifact_config, calibration, metrics, sizes),
         run_config=run_config(config, chosen, settings, run, versions, epochs=DEFAULT_EPOCHS, context=context),
+        head=head.tensors(),
         replace=True,  # an empty folder may be there; prepare_folder refused anything else
     )
     shutil.rmtree(checkpoint_folder(output), ignore_errors=True)
@@ -259,21 +270,30 @@ def _train(
 
 
 def _load_data(
-    tokenizer: Any, data: str | Path, validation: str | Path | None, config: TrainConfig, context: int
+    tokenizer: Any,
+    train_file: DataFile,
+    validation: str | Path | None,
+    config: TrainConfig,
+    context: int,
+    *,
+    by_head: bool,
 ) -> _Data:
     max_length = config.train.max_length or context
     if max_length > context:
         raise ConfigError(
             f"train.max_length is {max_length}; the base model takes {context} tokens", key="train.max_length"
         )
-    train_file = read_data(data)
     space = None
     if train_file.format is DataFormat.LABEL:
         if len(train_file.labels) < 2:
             raise DataError(
                 f"has one label only ({train_file.labels[0]!r}); two or more are needed", file=train_file.path
             )
-        space = label_space(tokenizer, train_file.labels, config.data.template)
+        space = (
+            class_space(train_file.labels, has_pairs=train_file.has_pairs)
+            if by_head
+            else label_space(tokenizer, train_file.labels, config.data.template)
+        )
     encoder = Encoder(tokenizer, train_file.format, space=space, max_length=max_length)
     examples = encoder.encode(train_file)
     validation_file, held_out = None, []
@@ -337,6 +357,7 @@ def _optimise(
         method=method,
         noise_seed=seed,
         learning_rate=learning_rate,
+        head_learning_rate=options.head_learning_rate or defaults.head_learning_rate,
         weight_decay=defaults.weight_decay if options.weight_decay is None else options.weight_decay,
         model=model,
         args=args,
@@ -376,6 +397,34 @@ def _optimise(
         report.close()
         monitor.close()
     return trainer, time.perf_counter() - started
+
+
+def check_head(head: Head, chosen: type[Method], config: TrainConfig) -> None:
+    """Refuses what does not go together with a classification head, or with its absence.
+
+    Raises:
+        ConfigError: ``key`` names it.
+    """
+    if not head.parameters:
+        if config.train.head_learning_rate is not None:
+            raise ConfigError(
+                f"train.head_learning_rate is {config.train.head_learning_rate:g} and the base model is a causal language model, which has "
+                "no classification head; leave it out",
+                key="train.head_learning_rate",
+            )
+        return
+    if chosen is Ensemble:
+        raise ConfigError(
+            "the base model is an encoder and the method ensemble; every member would need a classification head of its own, and an "
+            "artifact holds one: choose another method",
+            key="method",
+        )
+    if config.data.template != DEFAULT_TEMPLATE:
+        raise ConfigError(
+            f"data.template is {config.data.template!r} and the base model is an encoder, which reads text and text_b as they are; leave "
+            "the template out",
+            key="data.template",
+        )
 
 
 def _check_steps(chosen: type[Method], config: TrainConfig) -> None:
@@ -420,6 +469,8 @@ def _adapter_config(peft_model: Any, reference: BaseModelRef) -> dict[str, Any]:
             value = sorted(value)
         document[key] = value.value if isinstance(value, Enum) else value
     document.update(base_model_name_or_path=reference.name, revision=reference.revision, inference_mode=True)
+    if document["task_type"] is None:
+        document["task_type"] = CLASSIFIER_TASK
     return document
 
 

@@ -2,7 +2,8 @@
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging as hf_logging
 
 from credence.adapters.config import BaseModelRef
@@ -26,6 +32,8 @@ from credence.training.errors import ConfigError, ModelError
 ADAPTER = "default"
 QUANTISED_LAYERS = ("Linear8bitLt", "Linear4bit")
 """PEFT's LoRA layers over bitsandbytes, which is not always installed."""
+CAUSAL_MODELS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+CLASSIFIERS = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
 
 
 def load_tokenizer(base: str | Path) -> Any:
@@ -33,7 +41,7 @@ def load_tokenizer(base: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(base), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the tokenizer of {base} cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"the tokenizer of {base} cannot be loaded: {first_line(error)}") from None
 
 
 def load_base(base: str | Path, dtype: str, quantization: str | None = None) -> Any:
@@ -49,24 +57,56 @@ def load_base(base: str | Path, dtype: str, quantization: str | None = None) -> 
         ConfigError: ``quantization`` is given and bitsandbytes is not installed.
     """
     arguments = {} if quantization is None else _quantised(quantization, dtype)
-    shows_bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        if getattr(AutoConfig.from_pretrained(str(base), trust_remote_code=False), "quantization_config", None):
+    with quiet_loading(base, "a causal language model"):
+        config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
             raise ModelError(
                 f"{base} is a quantised checkpoint; give the float32 or bfloat16 model it was made of (train.quantization quantises it "
                 "while loading)"
             )
+        if (config.architectures or [""])[0] in CLASSIFIERS:
+            raise ModelError(
+                f"{base} is a {config.architectures[0]}, which has a classification head instead of next-token logits; give the causal "
+                "language model it was made of, or an encoder"
+            )
         return AutoModelForCausalLM.from_pretrained(
             str(base), dtype=getattr(torch, dtype), trust_remote_code=False, **arguments
         )
+
+
+@contextmanager
+def quiet_loading(base: str | Path, what: str) -> Iterator[None]:
+    """Lets the block load a model without transformers' progress bar; what transformers refuses becomes a ModelError.
+
+    Args:
+        what: the base model is loaded as, for the message.
+    """
+    shows_bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the base model {base} cannot be loaded as a causal language model: {_first_line(error)}"
-        ) from None
+        raise ModelError(f"the base model {base} cannot be loaded as {what}: {first_line(error)}") from None
     finally:
         if shows_bar:
             hf_logging.enable_progress_bar()
+
+
+def is_encoder(base: str | Path) -> bool:
+    """Whether the folder or hub id holds an encoder: a masked language model or a classifier made of one, such as RoBERTa or BERT.
+
+    A model that is stored as a causal language model is none, whatever its family.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
+    except (OSError, ValueError):
+        return False  # load_base says what is wrong
+    return (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        and not config.is_encoder_decoder
+        and not any(name in CAUSAL_MODELS for name in config.architectures or ())
+    )
 
 
 def _quantised(quantization: str, dtype: str) -> dict[str, Any]:
@@ -98,7 +138,12 @@ def base_reference(base: str | Path, model: Any) -> BaseModelRef:
 
 def context_length(model: Any) -> int:
     """Longest sequence the model takes, in tokens."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    longest = int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    for name, module in model.named_modules():
+        # RoBERTa and its relatives count positions from behind that of the padding token: 514 of them are 512 tokens.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return longest - int(module.padding_idx) - 1
+    return longest
 
 
 @dataclass(slots=True)
@@ -219,14 +264,17 @@ def _product(input: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(rows, weight.transpose(1, 2)).reshape(*input.shape[:-1], weight.shape[1])
 
 
-def add_lora(model: Any, settings: LoraSettings) -> tuple[Any, list[LoraSite]]:
+def add_lora(model: Any, settings: LoraSettings, head: Collection[str] = ()) -> tuple[Any, list[LoraSite]]:
     """Adds a PEFT LoRA (float32) whose factors are sampled in training mode once a site has a posterior.
+
+    Args:
+        head: names of the modules of an encoder's classification head, which get no LoRA: they are trained themselves.
 
     Returns:
         The PEFT model and its sites, sorted by name.
 
     Raises:
-        ModelError: no module of the model matches, or one is not a plain linear layer.
+        ModelError: no module of the model matches, or one is not a plain linear layer, or is part of the head.
     """
     targets = settings.target_modules
     config = LoraConfig(
@@ -235,7 +283,9 @@ def add_lora(model: Any, settings: LoraSettings) -> tuple[Any, list[LoraSite]]:
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         bias="none",
-        task_type="CAUSAL_LM",
+        # PEFT's own class for SEQ_CLS would copy the head into the adapter; the artifact has it in a file of its own.
+        task_type=None if is_classifier(model) else "CAUSAL_LM",
+        exclude_modules=sorted(head) if head and targets == "all-linear" else None,
     )
     try:
         peft_model = get_peft_model(model, config)
@@ -244,10 +294,17 @@ def add_lora(model: Any, settings: LoraSettings) -> tuple[Any, list[LoraSite]]:
             {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         )
         raise ModelError(
-            f"lora.target_modules {targets!r} does not fit the model: {_first_line(error)} Its linear layers are called "
+            f"lora.target_modules {targets!r} does not fit the model: {first_line(error)} Its linear layers are called "
             f"{', '.join(names)}"
         ) from None
-    return peft_model, lora_sites(peft_model)
+    sites = lora_sites(peft_model)
+    within = [site.name for site in sites if site.name in head]
+    if within:
+        raise ModelError(
+            f"lora.target_modules {targets!r} reaches {within[0]}, a part of the classification head, which is trained as a whole; name "
+            "the encoder's layers by more of their names, such as attention.output.dense"
+        )
+    return peft_model, sites
 
 
 def lora_sites(peft_model: Any) -> list[LoraSite]:
@@ -313,12 +370,28 @@ def get_factors(sites: Sequence[LoraSite]) -> dict[str, LoraFactors]:
     }
 
 
-def logits_at(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-    """Next-token logits at ``positions`` [P] of every row, [B, P, V].
+def is_classifier(model: Any) -> bool:
+    """Whether a model (without PEFT) has a classification head instead of next-token logits."""
+    return type(model).__name__ in CLASSIFIERS
+
+
+def logits_at(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, token_type_ids: Tensor | None = None
+) -> Tensor:
+    """Next-token logits at ``positions`` [P] of every row, [B, P, V]; of a classifier the row's class logits at each of them.
 
     The output layer runs at these positions only, where the model offers it: it costs more than the rest of a small model.
+
+    Args:
+        token_type_ids: of an encoder, which of two texts a token belongs to; models that do not tell them apart do not get it.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if is_classifier(inner):
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if (getattr(inner.config, "type_vocab_size", None) or 0) < 2:
+            types = {}
+        classes: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+        return classes[:, None].expand(-1, len(positions), -1)
     kwargs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         logits: Tensor = model(**kwargs, logits_to_keep=positions).logits
@@ -349,5 +422,6 @@ def next_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, cache: An
     return output.logits[:, -1], output.past_key_values
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().partition("\n")[0]

@@ -321,7 +321,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
                 for source in (NoiseSource(SEED, index) for index in range(k))
             ]
         found = []
-        with undisturbed(self.predictor.model, self.predictor.sites):
+        head = self.method.head.holding(self.method.final_head())
+        with undisturbed(self.predictor.model, self.predictor.sites), head:
             for (number, tau), samples in draws.items():
                 nll, accuracy = measure(self.predictor, self.examples, samples)
                 found.append(Evaluation(step=step, k=number, tau=tau, nll=nll, accuracy=accuracy))

@@ -202,6 +202,7 @@ class _Batch:
 
     input_ids: Tensor
     attention_mask: Tensor
+    token_type_ids: Tensor | None
     positions: Tensor
     row_in_batch: Tensor
     slot: Tensor
@@ -216,11 +217,11 @@ class _Batch:
         # (row in batch, sequence position, target) of every prediction
         reads: list[tuple[int, int, int]] = []
         for index, example in enumerate(examples):
-            last = len(example.prompt) - 1
+            first = example.position
             if choice:
-                reads.append((index, last, IGNORED if example.answer is None else example.answer))
+                reads.append((index, first, IGNORED if example.answer is None else example.answer))
             else:
-                reads.extend((index, last + offset, token) for offset, token in enumerate(example.target))
+                reads.extend((index, first + offset, token) for offset, token in enumerate(example.target))
         row_in_batch, sequence, target = torch.tensor(reads, dtype=torch.int64).unbind(1)
         positions, slot = torch.unique(sequence, return_inverse=True)
         candidates = None
@@ -230,6 +231,7 @@ class _Batch:
         return cls(
             input_ids=padded["input_ids"].to(device),
             attention_mask=padded["attention_mask"].to(device),
+            token_type_ids=padded["token_type_ids"].to(device) if "token_type_ids" in padded else None,
             positions=positions.to(device),
             row_in_batch=row_in_batch.to(device),
             slot=slot.to(device),
@@ -240,7 +242,7 @@ class _Batch:
 
     def log_probs(self, model: Any) -> Tensor:
         """Normalised log-probabilities of the candidates, [P, C], on the model's device."""
-        logits = logits_at(model, self.input_ids, self.attention_mask, self.positions)
+        logits = logits_at(model, self.input_ids, self.attention_mask, self.positions, self.token_type_ids)
         picked: Tensor = logits[self.row_in_batch, self.slot].float()
         if self.candidates is not None:
             picked = (

@@ -1,9 +1,11 @@
 """Turns rows into token ids: prompt, target, and the candidate answer tokens of a classification or multiple-choice row.
 
 A label or a choice is answered with ONE letter that is one token after the prompt, so that the predictive distribution over the
-answers is a softmax over a few logits at one position, in training, evaluation and serving alike.
+answers is a softmax over a few logits at one position, in training, evaluation and serving alike. An encoder answers by its classification
+head: its candidates are the head's classes, and it reads the texts without a prompt.
 """
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from credence.training.data import DataFile, DataFormat, Row
+from credence.training.data import PAIR, DataFile, DataFormat, Row
 from credence.training.errors import DataError, ModelError
 
 IGNORED = -100
 """Label of a position that is not trained on (torch's and transformers' convention)."""
+
+TEXT, PAIRED = "{text}", "{text}{text_b}"
+"""What an encoder reads, in the form of a template: one text, or a pair that its tokenizer joins."""
 
 LETTER_SETS = (string.ascii_uppercase, string.ascii_uppercase + string.ascii_lowercase + string.digits)
 
@@ -34,11 +39,21 @@ class LabelSpace:
     """The labels of a classification adapter, each with its answer token, and the prompt template.
 
     The order is the sorted order of the training file's labels; it is stored in the artifact and never derived again.
+
+    Attributes:
+        by_head: an encoder's classification head answers; the "tokens" are then the head's classes, and the template is ``{text}``, or
+            ``{text}{text_b}`` for pairs.
     """
 
     labels: tuple[str, ...]
     answers: tuple[AnswerToken, ...]
     template: str
+    by_head: bool = False
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its rows hold two texts."""
+        return f"{{{PAIR}}}" in self.template
 
     def record(self) -> dict[str, Any]:
         """What the artifact stores (``PosteriorConfig.training``)."""
@@ -47,6 +62,7 @@ class LabelSpace:
             "label_tokens": [answer.token for answer in self.answers],
             "label_texts": [answer.text for answer in self.answers],
             "template": self.template,
+            **({"by_head": True} if self.by_head else {}),
         }
 
     @classmethod
@@ -59,7 +75,8 @@ class LabelSpace:
         try:
             pairs = zip(record["label_texts"], record["label_tokens"], strict=True)
             answers = tuple(AnswerToken(str(text), int(token)) for text, token in pairs)
-            space = cls(tuple(record["labels"]), answers, str(record["template"]))
+            by_head = bool(record.get("by_head", False))
+            space = cls(tuple(record["labels"]), answers, str(record["template"]), by_head)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"the adapter's training record has no usable labels, label_tokens, label_texts and template ({error!r}): "
@@ -82,6 +99,8 @@ class Example:
         candidates: token ids of the allowed answers (label and choice rows), else empty.
         answer: index into ``candidates`` of the right answer; None for free text and unlabelled rows.
         line: line in the data file.
+        by_head: a classification head answers: target and candidates are classes, and the model reads the prompt alone.
+        token_types: of a pair of texts that an encoder reads, the text that each token belongs to; empty where there is one text.
     """
 
     prompt: tuple[int, ...]
@@ -89,6 +108,18 @@ class Example:
     candidates: tuple[int, ...]
     answer: int | None
     line: int
+    by_head: bool = False
+    token_types: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What the model reads."""
+        return self.prompt if self.by_head else self.prompt + self.target
+
+    @property
+    def position(self) -> int:
+        """Where the first target is predicted: at the last token of the prompt. A head has one prediction, which stands at the first."""
+        return 0 if self.by_head else len(self.prompt) - 1
 
 
 def answer_tokens(tokenizer: Any, prompt: str, count: int) -> tuple[AnswerToken, ...]:
@@ -120,7 +151,20 @@ def answer_tokens(tokenizer: Any, prompt: str, count: int) -> tuple[AnswerToken,
 
 def label_space(tokenizer: Any, labels: Sequence[str], template: str) -> LabelSpace:
     """Assigns an answer token to each label, in the order given."""
-    return LabelSpace(tuple(labels), answer_tokens(tokenizer, template.replace("{text}", "x"), len(labels)), template)
+    return LabelSpace(
+        tuple(labels), answer_tokens(tokenizer, fill(template, {"text": "x", PAIR: "x"}), len(labels)), template
+    )
+
+
+def class_space(labels: Sequence[str], *, has_pairs: bool) -> LabelSpace:
+    """Makes each label the class of an encoder's head with its number in the order given."""
+    answers = tuple(AnswerToken(label, index) for index, label in enumerate(labels))
+    return LabelSpace(tuple(labels), answers, PAIRED if has_pairs else TEXT, by_head=True)
+
+
+def fill(template: str, fields: Mapping[str, str]) -> str:
+    """Puts the texts in the places of ``{text}`` and ``{text_b}``; what stands in a text is never taken for a place."""
+    return re.sub(r"\{(text|text_b)\}", lambda place: fields[place[1]], template)
 
 
 def choice_prompt(question: str, choices: Sequence[str]) -> str:
@@ -168,7 +212,7 @@ class Encoder:
         examples = []
         for row in data.rows if rows is None else rows:
             example = self._encode(data, row, answers)
-            length = len(example.prompt) + len(example.target)
+            length = len(example.tokens)
             if length > self.max_length:
                 raise DataError(
                     f"has {length} tokens, {self.max_length} are allowed; raise train.max_length (up to the model's context) "
@@ -214,8 +258,12 @@ class Encoder:
                     file=data.path,
                     line=row.line,
                 )
-            prompt = self.space.template.replace("{text}", fields["text"])
-            letters, index = self.space.answers, self.space.labels.index(label) if answers else None
+            if self.space.has_pairs != (PAIR in fields):
+                raise DataError(_pair_complaint(self.space), file=data.path, line=row.line)
+            index = self.space.labels.index(label) if answers else None
+            if self.space.by_head:
+                return self._encode_texts(row, index)
+            prompt, letters = fill(self.space.template, fields), self.space.answers
         elif self.format is DataFormat.CHOICES:
             prompt = choice_prompt(fields["prompt"], fields["choices"])
             letters, index = self._choice_letters(len(fields["choices"])), fields["answer"] if answers else None
@@ -223,6 +271,20 @@ class Encoder:
             return self._encode_free(data, row)
         target = () if index is None else (letters[index].token,)
         return Example(tuple(_ids(self.tokenizer, prompt)), target, tuple(a.token for a in letters), index, row.line)
+
+    def _encode_texts(self, row: Row, index: int | None) -> Example:
+        """A row for a classification head."""
+        assert self.space is not None
+        encoded = self.tokenizer(row.fields["text"], row.fields.get(PAIR), return_token_type_ids=self.space.has_pairs)
+        return Example(
+            prompt=tuple(encoded["input_ids"]),
+            target=() if index is None else (index,),
+            candidates=tuple(answer.token for answer in self.space.answers),
+            answer=index,
+            line=row.line,
+            by_head=True,
+            token_types=tuple(encoded["token_type_ids"]) if self.space.has_pairs else (),
+        )
 
     def _choice_letters(self, count: int) -> tuple[AnswerToken, ...]:
         if count not in self._letters:
@@ -259,18 +321,38 @@ class Encoder:
 
 
 def collate(examples: Sequence[Example], pad_token: int) -> dict[str, Tensor]:
-    """Pads prompt + target on the right: ``input_ids``, ``attention_mask`` and ``labels``, each [B, T] int64."""
-    length = max(len(example.prompt) + len(example.target) for example in examples)
+    """Pads prompt + target on the right: ``input_ids``, ``attention_mask`` and ``labels``, each [B, T] int64.
+
+    Label t belongs to the prediction at t - 1. Rows for a classification head are padded without their target, to at least 2 columns;
+    with ``token_type_ids`` where they have types.
+    """
+    length = max(max(len(example.tokens), example.position + 1 + len(example.target)) for example in examples)
     shape = (len(examples), length)
     input_ids = torch.full(shape, pad_token, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)
     for index, example in enumerate(examples):
-        prompt, end = len(example.prompt), len(example.prompt) + len(example.target)
-        input_ids[index, :end] = torch.tensor(example.prompt + example.target)
-        attention_mask[index, :end] = 1
-        labels[index, prompt:end] = torch.tensor(example.target, dtype=torch.int64)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        tokens, first = example.tokens, example.position + 1
+        input_ids[index, : len(tokens)] = torch.tensor(tokens)
+        attention_mask[index, : len(tokens)] = 1
+        labels[index, first : first + len(example.target)] = torch.tensor(example.target, dtype=torch.int64)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    if any(example.token_types for example in examples):
+        types = batch["token_type_ids"] = torch.zeros(shape, dtype=torch.int64)
+        for index, example in enumerate(examples):
+            types[index, : len(example.token_types)] = torch.tensor(example.token_types, dtype=torch.int64)
+    return batch
+
+
+def _pair_complaint(space: LabelSpace) -> str:
+    if space.has_pairs:
+        return f'has no "{PAIR}"; the adapter classifies pairs of texts'
+    if space.by_head:
+        return f'has a "{PAIR}"; the adapter classifies single texts'
+    return (
+        f'has a "{PAIR}" and the template {space.template!r} has no place for it; put {{{PAIR}}} beside {{text}} in data.template, or join '
+        "the texts in the data"
+    )
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -7,6 +7,7 @@ pass over the largest K serves all.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from credence.training import metrics
 from credence.training.card import model_card
 from credence.training.config import ReleaseSettings
 from credence.training.data import DataFile, Row, read_data
-from credence.training.errors import DataError
+from credence.training.errors import DataError, TrainingError
 from credence.training.generate import stop_tokens
 from credence.training.maps import Answers, MapResult
 from credence.training.modeling import context_length
@@ -144,6 +145,10 @@ class _Search:
         self.predictions.update({(tau, k): predictions for k, predictions in (kept or {}).items()})
         for k, values in by_k.items():
             self.nll[tau, k] = values[grid.index(1.0)]
+            if not math.isfinite(self.nll[tau, k]):
+                raise TrainingError(
+                    f"the held-out NLL is {self.nll[tau, k]} at tau {tau:g}: lower train.learning_rate, or use train.dtype=float32"
+                )
             if len(grid) > 1:
                 self.tempered[tau, k] = values
 
@@ -420,6 +425,7 @@ def _rewrite(artifact: Artifact, path: str | Path, result: ReleaseResult, data: 
         metrics=measured,
         card=lambda sizes: model_card(config, result.calibration, measured, sizes),
         run_config=artifact.run_config,
+        head=artifact.head,
         replace=True,
     )
 

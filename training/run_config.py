@@ -38,19 +38,27 @@ def run_config(
         "versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()),
     ]
     header = "".join(f"# {_one_line(line)}\n" for line in lines)
-    document = settings_document(config, chosen, method, epochs=epochs, context=context)
+    by_head = bool(run["rows"].get("by_head"))
+    document = settings_document(config, chosen, method, epochs=epochs, context=context, by_head=by_head)
     return header + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=140)
 
 
 def settings_document(
-    config: TrainConfig, chosen: type[Method], method: Section, *, epochs: float, context: int
+    config: TrainConfig, chosen: type[Method], method: Section, *, epochs: float, context: int, by_head: bool = False
 ) -> dict[str, Any]:
-    """The sections of the configuration with nothing left to a default; arguments as in :func:`run_config`."""
+    """The sections of the configuration with nothing left to a default; arguments as in :func:`run_config`.
+
+    Args:
+        by_head: whether the run trains a classification head, and so at a rate.
+    """
     document = config.model_dump(mode="json", exclude={"train": {"tensorboard"}})
     train, defaults = document["train"], chosen.defaults_for(method).model_dump(mode="json")
+    head_learning_rate = defaults.pop("head_learning_rate")
     for key, value in {**defaults, "max_length": context}.items():
         if train[key] is None:
             train[key] = value
+    if by_head and train["head_learning_rate"] is None:
+        train["head_learning_rate"] = head_learning_rate or train["learning_rate"]
     if train["max_steps"] is None and train["epochs"] is None:
         train["epochs"] = epochs
     return {**document, "method": method.model_dump(mode="json")}

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from credence.adapters.artifact import Artifact
+from credence.training.classifier import check_padding, load_model
 from credence.training.config import LoraSettings
 from credence.training.data import DataFormat
 from credence.training.errors import ModelError
-from credence.training.modeling import add_lora, context_length, load_base, load_tokenizer
+from credence.training.modeling import add_lora, context_length, load_tokenizer
 from credence.training.predict import Predictor
 from credence.training.prompts import Encoder, LabelSpace
 
@@ -40,16 +41,28 @@ def open_session(
     """
     training, data_format = artifact.config.training, artifact_format(artifact)
     dtype = dtype or training.get("config", {}).get("train", {}).get("dtype", "float32")
-    model = load_base(base, dtype)
+    model, head = load_model(base, dtype, num_classes=len(training.get("labels", ())) or None)
+    if bool(artifact.head) != bool(head.parameters):
+        raise ModelError(
+            f"{artifact.path} was trained on {_with_head(bool(artifact.head))}, {base} is {_with_head(not artifact.head)}; give the "
+            f"adapter's own base model, {artifact.config.base_model.name}"
+        )
+    head.load(artifact.head)
     settings = LoraSettings(
         r=artifact.config.rank, alpha=artifact.config.lora_alpha, target_modules=tuple(sorted(artifact.mean))
     )
     encoder = artifact_encoder(artifact, base, max_length=context_length(model))
-    model, sites = add_lora(model, settings)
+    if artifact.head:
+        check_padding(model, encoder.tokenizer)
+    model, sites = add_lora(model, settings, head.modules)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     yield Session(
         format=data_format, encoder=encoder, predictor=Predictor(model, sites, pad_token(encoder.tokenizer), batch_size)
     )
+
+
+def _with_head(is_classifier: bool) -> str:
+    return "an encoder" if is_classifier else "a causal language model"
 
 
 def artifact_format(artifact: Artifact) -> DataFormat:

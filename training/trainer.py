@@ -21,6 +21,7 @@ from credence.training.checkpoint import load_adapter, load_method, save_adapter
 from credence.training.distributed import Processes, separate, tensors_in
 from credence.training.errors import TrainingError
 from credence.training.methods.base import Method
+from credence.training.methods.ensemble import JointOptimizer
 from credence.training.modeling import logits_at
 from credence.training.prompts import IGNORED, Example, collate
 
@@ -37,6 +38,7 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         method: the training method; it owns the noise, the regulariser and the optimiser.
+        head_learning_rate: of AdamW on the method's classification head, if it has one; None is ``learning_rate``.
         processes: those that share the batches. The batch size given to TrainingArguments is that of all together.
     """
 
@@ -47,6 +49,7 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         noise_seed: int,
         learning_rate: float,
         weight_decay: float,
+        head_learning_rate: float | None = None,
         processes: Processes | None = None,
         **kwargs: Any,
     ) -> None:
@@ -54,6 +57,7 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         self.processes = processes or Processes()
         self.noise_seed = noise_seed
         self._method_options = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+        self._head_options = {"lr": head_learning_rate or learning_rate, "weight_decay": weight_decay}
         self._noise_step: int | None = None
         super().__init__(**kwargs)
         self.add_callback(_StepEnd(method))
@@ -68,10 +72,13 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
             separate(self.accelerator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The method's own optimiser."""
+        """The method's own optimiser, and beside it AdamW for a classification head."""
         optimizer: torch.optim.Optimizer | None = getattr(self, "optimizer", None)
         if optimizer is None:
-            optimizer = self.optimizer = self.method.optimizer(**self._method_options)
+            optimizer = self.method.optimizer(**self._method_options)
+            if self.method.head.parameters and self.method.trains_head:
+                optimizer = with_head(optimizer, list(self.method.head.parameters.values()), self._head_options)
+            self.optimizer = optimizer
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> "RowOrder":
@@ -171,6 +178,15 @@ class BayesianTrainer(Trainer):  # type: ignore[misc]
         load_method(self.method, Path(resume_from_checkpoint))
 
 
+def with_head(
+    optimizer: torch.optim.Optimizer, head: Sequence[nn.Parameter], options: dict[str, float]
+) -> JointOptimizer:
+    """The method's optimiser and AdamW over the head as one; gradients are clipped by the trainer, both together."""
+    parts = [optimizer, torch.optim.AdamW(head, **options)]  # type: ignore[arg-type]
+    parameters = [[p for group in part.param_groups for p in group["params"]] for part in parts]
+    return JointOptimizer(parts, parameters, max_grad_norm=0.0)
+
+
 class _StepEnd(TrainerCallback):  # type: ignore[misc]
     """Tells the method that a step is done, before a checkpoint of it is written."""
 
@@ -191,7 +207,9 @@ def target_nll(model: nn.Module, inputs: dict[str, Tensor], num_members: int = 1
     labels = inputs["labels"]
     targets = labels[:, 1:]
     positions = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    logits = logits_at(model, inputs["input_ids"], inputs["attention_mask"], positions).float()
+    logits = logits_at(
+        model, inputs["input_ids"], inputs["attention_mask"], positions, inputs.get("token_type_ids")
+    ).float()
     kept = targets[:, positions]
     loss = F.cross_entropy(logits.flatten(0, 1), kept.flatten(), ignore_index=IGNORED, reduction="none")
     return loss.view(num_members, -1).sum(1), (kept != IGNORED).view(num_members, -1).sum(1)

@@ -223,6 +223,68 @@ def test_unlisted_files_are_ignored_and_not_kept(folder: Path) -> None:
     assert sorted(path.name for path in artifact.path.iterdir()) == sorted([*EVERY_FILE, "manifest.json"])
 
 
+HEAD = {"classifier.dense.weight": torch.eye(3), "classifier.dense.bias": torch.ones(3)}
+
+
+def with_head(path: Path, head: dict[str, torch.Tensor] | None = None, task: str | None = "SEQ_CLS") -> str:
+    adapter_config = {**parts()["adapter_config"], "task_type": task}
+    return write(path, adapter_config=adapter_config, head=HEAD if head is None else head)
+
+
+def test_a_classification_head_round_trips(tmp_path: Path) -> None:
+    digest = with_head(tmp_path / "a", {name: tensor.double() for name, tensor in HEAD.items()})
+    artifact = load_artifact(tmp_path / "a", store=tmp_path / "store")
+    assert artifact.digest == digest and artifact.head.keys() == HEAD.keys()
+    assert all(torch.equal(artifact.head[n], t) and artifact.head[n].dtype == t.dtype for n, t in HEAD.items())
+    assert (artifact.path / "head.safetensors").is_file(), "the copy in the store is complete"
+    assert with_head(tmp_path / "b", {n: t + 1e-6 for n, t in HEAD.items()}) != digest
+    assert load_artifact(tmp_path / "a").head.keys() == HEAD.keys()
+
+
+def test_an_adapter_has_a_head_exactly_if_it_classifies(folder: Path, tmp_path: Path) -> None:
+    assert load_artifact(folder).head == {} and not (folder / "head.safetensors").exists()
+    for task in (None, "CAUSAL_LM"):
+        with pytest.raises(ArtifactError, match=f"task_type {task!r} and there is a head.safetensors"):
+            with_head(tmp_path / "a", task=task)
+    with pytest.raises(ArtifactError, match="task_type 'SEQ_CLS' and there is no head.safetensors"):
+        with_head(tmp_path / "a", {})
+    with_head(tmp_path / "b")
+    (tmp_path / "b/head.safetensors").unlink()
+    refused(tmp_path / "b", "missing", r"head\.safetensors is missing")
+    sign(tmp_path / "b")
+    refused(tmp_path / "b", "missing", "there is no head.safetensors")
+
+
+def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
+    def damaged(name: str, change: Callable[[dict[str, Any]], None]) -> Path:
+        with_head(tmp_path / name)
+        edit_tensors(tmp_path / name / "head.safetensors", change)
+        return tmp_path / name
+
+    refused(
+        damaged("a", lambda head: head["classifier.dense.bias"].add_(1)), "hash_mismatch", "head.safetensors is not"
+    )
+    cases: dict[str, tuple[Callable[[dict[str, Any]], None], str, str]] = {
+        "b": (lambda head: head["classifier.dense.bias"].fill_(float("nan")), "not_finite", "not finite"),
+        "c": (lambda head: head.update(x=torch.ones(2, dtype=torch.float16)), "unsupported", "x is torch.float16"),
+        "d": (lambda head: head.clear(), "malformed", "holds no tensor"),
+    }
+    for name, (change, reason, message) in cases.items():
+        changed = damaged(name, change)
+        sign(changed)
+        refused(changed, reason, message)
+
+
+def test_a_sample_of_a_classifier_holds_its_head(tmp_path: Path) -> None:
+    with_head(tmp_path / "a", {**HEAD, "pooler.dense.weight": torch.eye(2)})
+    write_sample(tmp_path / "s", load_artifact(tmp_path / "a"), seed=0, index=0, tau=1.0)
+    saved = json.loads((tmp_path / "s/adapter_config.json").read_text())["modules_to_save"]
+    assert saved == ["classifier", "pooler.dense"]
+    written = load_file(tmp_path / "s/adapter_model.safetensors")
+    assert all(torch.equal(written[PREFIX + name], tensor) for name, tensor in HEAD.items())
+    assert load_artifact(tmp_path / "a").adapter_config.get("modules_to_save") is None
+
+
 def test_an_existing_path_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     before = load_artifact(folder).digest
     with pytest.raises(ArtifactError, match="exists; choose another folder or remove it first") as caught:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from credence.adapters import delta, load_artifact
+from credence.adapters import delta, load_artifact, write_artifact
 from credence.adapters.config import BeforeAfter, PlattMap
 from credence.cli.artifact import _linear_modules
 from credence.cli.main import run
@@ -51,6 +51,28 @@ def test_inspect_as_json(tmp_path: Path, credence: Command) -> None:
         assert entry["sd_over_ulp"]["float16"] == pytest.approx(8 * entry["sd_over_ulp"]["bfloat16"])
     assert credence("inspect", tmp_path / "a", "--json", tmp_path / "out.json").out.startswith("kind")
     assert json.loads((tmp_path / "out.json").read_text()) == document
+
+
+def test_a_classifier_is_inspected_and_drawn_with_its_head(tmp_path: Path, credence: Command) -> None:
+    write(tmp_path / "a", log_sd=-10.0)  # noise that bfloat16 would not hold
+    plain, head = load_artifact(tmp_path / "a"), {"classifier.weight": torch.ones(3, 4)}
+    write_artifact(
+        tmp_path / "c",
+        adapter_config={**plain.adapter_config, "task_type": "SEQ_CLS"},
+        mean=plain.mean,
+        posteriors=plain.posteriors,
+        config=plain.config,
+        calibration=plain.calibration,
+        head=head,
+    )
+    outcome = credence("inspect", tmp_path / "c")
+    assert (outcome.code, outcome.err) == (0, "") and "12 classification head" in outcome.out
+    document = json.loads(credence("inspect", tmp_path / "c", "--json", "-").out)
+    assert document["sizes"]["head_parameters"] == 12
+    assert "serve with" in credence("inspect", tmp_path / "a").err
+    assert credence("draw", tmp_path / "c", "--k", 1, "--output", tmp_path / "s").code == 0
+    written = load_file(tmp_path / "s/sample-00/adapter_model.safetensors")
+    assert torch.equal(written["base_model.model.classifier.weight"], head["classifier.weight"])
 
 
 def test_inspect_shows_the_maps_of_the_confidence(tmp_path: Path, credence: Command) -> None:

@@ -22,6 +22,7 @@ COMMANDS = (
     "eval",
     "data",
     "reproduce",
+    "robustness",
     "serve",
     "complete",
     "score",

@@ -578,7 +578,7 @@ def test_a_run_repeats_from_its_config(
     )
     assert third.digest == second.digest
     document = yaml.safe_load((first.path / "config.yaml").read_text())
-    allowed_null = {"max_steps", "init", "quantization"}
+    allowed_null = {"max_steps", "init", "quantization", "head_learning_rate"}
     for section in ("lora", "train", "data", "release"):
         expected = set(type(getattr(config, section)).model_fields) - {"tensorboard"}
         assert set(document[section]) == expected

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from credence.adapters.posterior import LoraFactors, Posterior
 from credence.adapters.sampling import NoiseSource
+from credence.training.classifier import NO_HEAD, Head
 from credence.training.config import Section
 from credence.training.modeling import LoraSite, get_factors
 from credence.training.predict import Predictor
@@ -20,6 +21,8 @@ class MethodDefaults(Section):
     """The values ``train.*`` takes where the configuration leaves them out."""
 
     learning_rate: float = 2e-4
+    head_learning_rate: float | None = None
+    """Of an encoder's classification head; None is ``learning_rate``, which AdamW has for both."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     lr_scheduler: str = "linear"
@@ -74,6 +77,11 @@ class TrainingRows:
             batch = collate(self.examples[start : start + self.batch_size], self.pad_token)
             yield {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
+    @property
+    def by_head(self) -> bool:
+        """Whether a classification head answers the rows."""
+        return self.examples[0].by_head
+
     def predictor(self) -> Predictor:
         """Predictions of the rows under given factors. It overwrites A and B: restore them with ``set_factors``."""
         return Predictor(self.model, list(self.sites), self.pad_token, self.batch_size)
@@ -90,6 +98,7 @@ class Method(ABC):
         defaults: of ``train.*``.
         needs_steps: False for methods that can make a posterior of a given adapter without training (``train.max_steps=0``).
         can_be_member: whether it can train the members of an ensemble, whose modules are factors alone.
+        head: of an encoder, the classification head that is trained beside the adapter, with AdamW and without noise; the trainer sets it.
     """
 
     name: ClassVar[str]
@@ -101,11 +110,17 @@ class Method(ABC):
     def __init__(self, settings: Any, sites: Sequence[LoraSite]) -> None:
         self.settings = settings
         self.sites = list(sites)
+        self.head: Head = NO_HEAD
 
     @property
     @abstractmethod
     def kind(self) -> str:
         """Posterior kind it leaves in the artifact; a class attribute where it does not depend on the settings."""
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether steps change the classification head, where there is one."""
+        return True
 
     @property
     def num_members(self) -> int:
@@ -150,6 +165,10 @@ class Method(ABC):
     def mean(self) -> dict[str, LoraFactors]:
         """Copies of the mean adapter's factors by module, float32 on the CPU."""
         return get_factors(self.sites)
+
+    def final_head(self) -> dict[str, Tensor]:
+        """The classification head that belongs to :meth:`mean`: as it is now, unless a method averages; empty without one."""
+        return self.head.tensors()
 
     @abstractmethod
     def posteriors(self) -> dict[str, Posterior]:

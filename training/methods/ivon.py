@@ -128,7 +128,9 @@ class Ivon(Method):
     settings_class: ClassVar[type[Section]] = IvonSettings
     # There is no regulariser: the prior acts through the weight decay.
     # max_grad_norm 0: clipping a norm after the gradient was taken would bias the Hessian estimate; IVON clips its own update.
-    defaults: ClassVar[MethodDefaults] = MethodDefaults(learning_rate=0.03, weight_decay=1e-6, max_grad_norm=0.0)
+    defaults: ClassVar[MethodDefaults] = MethodDefaults(
+        learning_rate=0.03, head_learning_rate=2e-4, weight_decay=1e-6, max_grad_norm=0.0
+    )
 
     def __init__(self, settings: IvonSettings, sites: Sequence[LoraSite]) -> None:
         super().__init__(settings, sites)

@@ -236,7 +236,7 @@ class Laplace(Method):
         for batch in rows.batches():
             numbers = range(first, first + len(batch["input_ids"]))
             for key, trace in traces(rows, sites, batch, numbers, drawn_labels=self.settings.fisher == "mc").items():
-                fishers[key].add(trace, informed_tokens(batch))
+                fishers[key].add(trace, informed_tokens(batch, all_tokens=rows.by_head))
             first = numbers.stop
         return fishers
 
@@ -288,9 +288,15 @@ def mean_in_model(rows: TrainingRows, mean: dict[str, LoraFactors]) -> Iterator[
         rows.model.train(was_training)
 
 
-def informed_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """Tokens [B, T] (bool) on which a target can depend: all of a row but its last."""
+def informed_tokens(batch: dict[str, Tensor], *, all_tokens: bool = False) -> Tensor:
+    """Tokens [B, T] (bool) on which a target can depend: all of a row but its last.
+
+    Args:
+        all_tokens: the last one too: the class of a row depends on every token of it.
+    """
     mask = batch["attention_mask"]
+    if all_tokens:
+        return mask.bool()
     return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1).bool()
 
 
@@ -346,7 +352,9 @@ def batch_loss(rows: TrainingRows, batch: dict[str, Tensor], numbers: range, *, 
     """Negative log-likelihood of a batch, summed over its targets, at their labels or at drawn ones; nats."""
     targets = batch["labels"][:, 1:]
     positions = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    logits_BPV = logits_at(rows.model, batch["input_ids"], batch["attention_mask"], positions)
+    logits_BPV = logits_at(
+        rows.model, batch["input_ids"], batch["attention_mask"], positions, batch.get("token_type_ids")
+    )
     log_probs_BPV = torch.log_softmax(logits_BPV.float(), dim=-1)
     labels = targets[:, positions]
     if drawn_labels:

@@ -103,6 +103,11 @@ class MonteCLora(Method):
         self.posterior_of[site.name] = posterior
         return posterior
 
+    @property
+    def trains_head(self) -> bool:
+        """Not post hoc: rho and beta alone train."""
+        return not self.settings.posthoc
+
     def optimizer(self, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
         """AdamW over A, B, rho and beta at one learning rate, post hoc over rho and beta alone; weight decay on A and B only."""
         variational = [

@@ -71,6 +71,7 @@ class Swa(Method):
         self._first = 0
         self._interval = 1
         self._mean: dict[str, Tensor] = {}
+        self._head: dict[str, Tensor] = {}
 
     def begin_training(self, plan: Plan) -> None:
         """Chooses the steps whose iterates are collected.
@@ -97,6 +98,9 @@ class Swa(Method):
         self.collected += 1
         for site in self.sites:
             self._collect(site.name, flat(site.mean))
+        for name, tensor in self.head.tensors().items():
+            average = self._head.setdefault(name, torch.zeros_like(tensor, dtype=torch.float64))
+            average += (tensor.double() - average) / self.collected
 
     def _collect(self, module: str, theta: Tensor) -> None:
         """Takes the iterate [P] of one module into its running moments; ``collected`` counts it already."""
@@ -104,16 +108,21 @@ class Swa(Method):
         mean += (theta - mean) / self.collected
 
     def state(self) -> dict[str, Tensor]:
-        """The number of iterates and their mean by module, float64."""
+        """The number of iterates and their mean by module, and that of the classification head, float64."""
         return {
             "collected": torch.tensor(self.collected),
             **{f"mean.{name}": mean for name, mean in self._mean.items()},
+            **{f"head.{name}": average for name, average in self._head.items()},
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restores the moments bit for bit."""
         self.collected = int(state["collected"])
-        self._mean = part(state, "mean")
+        self._mean, self._head = part(state, "mean"), part(state, "head")
+
+    def final_head(self) -> dict[str, Tensor]:
+        """The average of the same iterates; until one is collected the head itself."""
+        return {name: average.float() for name, average in self._head.items()} or super().final_head()
 
     def mean(self) -> dict[str, LoraFactors]:
         """Averages of A and of B."""
