@@ -28,6 +28,7 @@ from credence.training.recipes.page import cells, mean_and_error
 from credence.training.recipes.recipe import AVERAGE, METRIC, parse_recipe
 from credence.training.tasks import TASKS
 from tests.training.conftest import make_base
+from tests.training.encoders import make_encoder
 
 Table = Callable[..., Reproduction]
 
@@ -38,6 +39,12 @@ def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base") / "tiny", context=256)
 
 
+@pytest.fixture(scope="module")
+def encoder_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny RoBERTa."""
+    return make_encoder(tmp_path_factory.mktemp("base") / "encoder")
+
+
 def task_rows(name: str, count: int, seed: int) -> list[dict[str, Any]]:
     """Short rows in a task's format."""
     if TASKS[name].format is DataFormat.LABEL:
@@ -46,7 +53,7 @@ def task_rows(name: str, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def table(tmp_path: Path, wide_base: Path) -> Table:
+def table(tmp_path: Path, wide_base: Path, encoder_base: Path) -> Table:
     """Writes data of the tasks named and makes a reduced reproduction of one seed."""
 
     def build(name: str, prepared: tuple[str, ...], **options: Any) -> Reproduction:
@@ -66,7 +73,7 @@ def table(tmp_path: Path, wide_base: Path) -> Table:
             name=name,
             recipe=recipe.model_copy(update={"common": common}),
             text=recipe_text(name),
-            base=str(wide_base),
+            base=str(encoder_base if recipe.encoder else wide_base),
             data=tmp_path / "data",
             output=tmp_path / "out",
             **chosen,
@@ -153,10 +160,6 @@ def test_unknown_names_are_refused(table: Table) -> None:
 def test_every_recipe_runs_end_to_end(name: str, table: Table) -> None:
     tasks, adapters = SMALL[name]
     asked = table(name, tasks, adapters=adapters)
-    if asked.recipe.encoder:
-        with pytest.raises(ModelError, match="is a table of encoders, which are not trained yet"):
-            reproduce(asked)
-        pytest.skip("needs training of encoders")
     outcome = reproduce(asked)
     assert outcome.tasks == tasks and set(outcome.missing) == set(asked.recipe.tasks) - set(tasks)
     found = cells(asked, outcome)
@@ -171,6 +174,26 @@ def test_every_recipe_runs_end_to_end(name: str, table: Table) -> None:
     for line in asked.recipe.lines:
         assert (f"| {line.label} | " in text) == (line.adapter in outcome.adapters)
     json.dumps(document(asked, outcome), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("monteclora-glue", "needs an encoder such as FacebookAI/roberta-base, and .* is none; give another --base"),
+        (
+            "ivon-table-2",
+            "needs a causal language model such as meta-llama/.*, and .* is an encoder; give another --base",
+        ),
+    ],
+)
+def test_the_other_kind_of_base_is_refused(
+    name: str, message: str, table: Table, wide_base: Path, encoder_base: Path
+) -> None:
+    asked = table(name, SMALL[name][0])
+    other = wide_base if asked.recipe.encoder else encoder_base
+    with pytest.raises(ModelError, match=message):
+        reproduce(replace(asked, base=str(other)))
+    assert not asked.output.exists()
 
 
 def test_lines_of_one_adapter_are_what_evaluate_says_of_it(table: Table) -> None:

@@ -24,8 +24,8 @@ from credence.training.data import DataFile, DataFormat, read_data
 from credence.training.errors import CheckpointError, ConfigError, DataError, ModelError
 from credence.training.evaluate import evaluate
 from credence.training.loop import train
-from credence.training.modeling import context_length, load_tokenizer
-from credence.training.prompts import Encoder, label_space
+from credence.training.modeling import context_length, is_encoder, load_tokenizer
+from credence.training.prompts import Encoder, class_space, label_space
 from credence.training.recipes.recipe import Line, Recipe
 from credence.training.tasks import TASKS
 from credence.training.tasks.prepare import cut_off
@@ -101,11 +101,14 @@ def reproduce(asked: Reproduction, say: Callable[[str], None] = lambda line: Non
         ConfigError: an adapter or task is not the recipe's.
         CheckpointError: the output holds runs with other settings.
         DataError: there is no data at all, or a row is too long and ``drop_long`` is not set.
-        ModelError: the recipe is one of encoders.
+        ModelError: the recipe is one of encoders and the base is none, or the other way round.
     """
     recipe = asked.recipe
-    if recipe.encoder:
-        raise ModelError(f"{asked.name} is a table of encoders, which are not trained yet; choose another recipe")
+    if recipe.encoder != is_encoder(asked.base):
+        needed, found = ("an encoder", "none") if recipe.encoder else ("a causal language model", "an encoder")
+        raise ModelError(
+            f"{asked.name} needs {needed} such as {recipe.base}, and {asked.base} is {found}; give another --base"
+        )
     adapters = _chosen("--methods", asked.adapters, tuple(recipe.adapters))
     tasks = _chosen("--tasks", asked.tasks, recipe.tasks)
     missing = {name: problem for name in tasks if (problem := _problem(asked, name, recipe.train_on is None))}
@@ -225,7 +228,11 @@ class _Rows:
 
     def _long_lines(self, data: DataFile) -> dict[int, int]:
         """Line and length in tokens of the rows that are too long."""
-        space = label_space(self.tokenizer, data.labels, self.template) if data.format is DataFormat.LABEL else None
+        space = None
+        if self.asked.recipe.encoder:
+            space = class_space(data.labels, has_pairs=data.has_pairs)
+        elif data.format is DataFormat.LABEL:
+            space = label_space(self.tokenizer, data.labels, self.template)
         encoder = Encoder(self.tokenizer, data.format, space=space, max_length=sys.maxsize)
         lengths = {example.line: len(example.prompt) + len(example.target) for example in encoder.encode(data)}
         return {line: length for line, length in lengths.items() if length > self.max_length}
