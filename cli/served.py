@@ -1,7 +1,8 @@
 """Predictions of a running server for the evaluation of an artifact: the rows of ``credence eval --engine URL``.
 
 A row is one request of mode ``choices`` for each K, its prompt as the token ids that the offline evaluation reads, its calibration left
-out; several rows are under way at once. Temperatures and metrics are computed here, from the probabilities that come back.
+out; several rows are under way at once. Temperatures and metrics are computed here, from the probabilities that come back. A row whose
+answer is generated (``--generate``) is one request of mode ``ensemble``; the confidence is computed here too, from the text's scores.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from credence.adapters.artifact import Artifact
 from credence.clients import Client, Model, Uncertainty
 from credence.training.data import DataFormat
 from credence.training.errors import MetricError
+from credence.training.generation import Written
 from credence.training.predict import Prediction
 from credence.training.prompts import IGNORED, Encoder, Example
 from credence.training.session import artifact_encoder, artifact_format
@@ -75,6 +78,77 @@ class ServedEngine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedWriter:
+    """Has the server write texts; see ``credence.training.generation.Writer``."""
+
+    client: Client
+    model: str
+    seed: int
+    encoder: Encoder
+    concurrency: int
+
+    def write(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        k: int,
+        tau: float,
+        max_new_tokens: int,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Written]:
+        """One text for each prompt.
+
+        Raises:
+            MetricError: the server does not return token ids.
+            CredenceError: a row was not answered; see ``credence.clients.errors``.
+        """
+        each = seeds if seeds is not None else [None] * len(prompts)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            answers = [
+                pool.submit(self._ask, prompt, k, tau, max_new_tokens, seed)
+                for prompt, seed in zip(prompts, each, strict=True)
+            ]
+            try:
+                return [answer.result() for answer in answers]
+            finally:  # One failed row fails the evaluation; the others are not asked for any more.
+                pool.shutdown(cancel_futures=True)
+
+    def _ask(self, prompt: tuple[int, ...], k: int, tau: float, max_new_tokens: int, seed: int | None) -> Written:
+        answer = self.client.complete(
+            prompt,
+            model=self.model,
+            uncertainty=True,
+            mode="ensemble",
+            n_samples=k,
+            tau=tau,
+            seed=self.seed,
+            calibrated=False,
+            max_tokens=min(max_new_tokens, self.encoder.max_length - len(prompt)),
+            temperature=0.0 if seed is None else 1.0,
+            sampling_seed=seed,
+            # Otherwise the server takes these from the model's generation settings.
+            top_p=1.0,
+            top_k=0,
+            min_p=0.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            repetition_penalty=1.0,
+            extra_body={"return_token_ids": True},
+        )
+        choice, uncertainty = answer.choices[0], answer.uncertainty
+        assert uncertainty is not None  # The client has checked it.
+        if choice.token_ids is None or uncertainty.sequence is None or uncertainty.sequence.mean_logprob is None:
+            raise MetricError("the server returned no token ids or scores of its text; a newer server is needed")
+        return Written(
+            tokens=choice.token_ids,
+            text=self.encoder.tokenizer.decode(list(choice.token_ids), skip_special_tokens=True),
+            stopped=choice.finish_reason == "stop",
+            score=uncertainty.sequence.mean_logprob,
+            total=uncertainty.total or 0.0,
+            epistemic=uncertainty.epistemic or 0.0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     """A running server, and the name under which it serves the artifact that is evaluated.
 
@@ -108,8 +182,25 @@ class Server:
         if not data_format.has_candidates:
             raise MetricError(
                 f"the adapter was trained on {data_format} rows; a server evaluates {DataFormat.LABEL} and {DataFormat.CHOICES} rows, "
-                "free text is evaluated with --engine hf"
+                "free text is generated with --generate, or scored with --engine hf"
             )
+        with self._connected(artifact, largest_k) as (client, length):
+            encoder = artifact_encoder(artifact, base, max_length=length - 1)
+            yield ServedEngine(client=client, encoder=encoder, **self._settings(artifact))
+
+    @contextmanager
+    def open_writer(self, artifact: Artifact, base: str | Path, largest_k: int) -> Iterator[ServedWriter]:
+        """Like :meth:`open`, for texts that the server is to write."""
+        with self._connected(artifact, largest_k) as (client, length):
+            encoder = artifact_encoder(artifact, base, max_length=length)
+            yield ServedWriter(client=client, encoder=encoder, **self._settings(artifact))
+
+    def _settings(self, artifact: Artifact) -> dict[str, Any]:
+        return {"model": self.model, "seed": artifact.config.default_seed, "concurrency": self.concurrency}
+
+    @contextmanager
+    def _connected(self, artifact: Artifact, largest_k: int) -> Iterator[tuple[Client, int]]:
+        """A client of the server, and how many tokens it reads."""
         with self.connect() as client:
             served = _find(client.models(), artifact, self.model)
             most = served.posterior.max_n_samples if served.posterior else None
@@ -117,15 +208,7 @@ class Server:
                 raise MetricError(
                     f"K is {largest_k}; the server takes at most {most} samples: ask for fewer, or raise its --max-samples"
                 )
-            length = served.max_model_len or min(m.max_model_len or 2048 for m in client.models())
-            encoder = artifact_encoder(artifact, base, max_length=length - 1)
-            yield ServedEngine(
-                client=client,
-                model=self.model,
-                seed=artifact.config.default_seed,
-                encoder=encoder,
-                concurrency=self.concurrency,
-            )
+            yield client, served.max_model_len or min(m.max_model_len or 2048 for m in client.models())
 
 
 def _find(models: Sequence[Model], artifact: Artifact, name: str) -> Model:

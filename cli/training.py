@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from credence.cli.ask import DEFAULT_TIMEOUT_S, ApiKeyFileOption, TimeoutOption, connection
-from credence.cli.output import JsonOption, make_folder, needs_extra, print_table, say, write_json, write_lines
+from credence.cli.output import JsonOption, make_folder, needs_extra, print_table, say, warn, write_json, write_lines
 
 if TYPE_CHECKING:
     from credence.training.release import ReleaseResult
@@ -32,6 +32,8 @@ EVAL_COLUMNS = {
     "aurc": "AURC",
     "ood_auroc_total": "OOD AUROC total",
     "ood_auroc_epistemic": "OOD AUROC epistemic",
+    "mean_tokens": "tokens",
+    "stopped": "stopped",
 }
 
 
@@ -139,6 +141,14 @@ def evaluate(
     token_samples: Annotated[
         bool, typer.Option("--token-samples", help="Also answer with K tokens drawn from the mean, for comparison.")
     ] = False,
+    generate: Annotated[
+        str | None,
+        typer.Option("--generate", metavar="VERIFIER", help="Write an answer; check it: exact, squad, number, python."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest generated answer.")] = 256,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run generated programs here (--generate python).")
+    ] = False,
     batch_size: BatchSizeOption = 64,
     engine: Annotated[
         str,
@@ -169,14 +179,19 @@ def evaluate(
       credence eval out/triage --base models/base --data test.jsonl --ood other.jsonl --k 0,10 --json result.json
       credence eval out/triage --base models/base --data test.jsonl --k 0,1,2,4,8,16,32 --bootstrap 1000 --report out/report
       credence eval out/triage --base models/base --data test.jsonl --engine http://localhost:8000 --model triage
+      credence eval out/sums --base models/base --data gsm8k.jsonl --generate number --token-samples
     """
     ks, taus = _parse_ks(k), _parse_taus(tau)
     if (engine == "hf") != (model is None):
         raise typer.BadParameter("--engine URL and --model NAME belong together; give both, or neither")
+    if generate is not None and (ood is not None or report is not None):
+        raise typer.BadParameter("--generate has no --ood rows and no --report; leave one of them out")
     with needs_extra("train"):
         from credence.cli.served import Server
         from credence.training.evaluate import measure
+        from credence.training.generation import measure_generation
         from credence.training.rows import row_documents
+        from credence.training.verifiers import verifier, warning
     if report is not None:
         # Before the work starts: neither a missing package nor a folder that cannot be written shall cost an evaluation.
         with needs_extra("report"):
@@ -187,14 +202,34 @@ def evaluate(
         server = Server(
             connect=lambda: connection(engine, api_key_file, timeout_s), model=model, concurrency=concurrency
         )
-    evaluation = measure(
-        directory, base, data, ood, ks, taus, batch_size=batch_size, token_samples=token_samples, server=server
-    )
+    evaluation = None
+    if generate is not None:
+        caution = warning(verifier(generate, allow_code_execution=allow_code_execution))
+        if caution is not None:
+            warn(caution)
+        written = measure_generation(
+            directory,
+            base,
+            data,
+            generate,
+            ks,
+            taus,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            token_samples=token_samples,
+            allow_code_execution=allow_code_execution,
+            server=server,
+        )
+        rows, result = written.row_documents(), written.document(resamples)
+    else:
+        evaluation = measure(
+            directory, base, data, ood, ks, taus, batch_size=batch_size, token_samples=token_samples, server=server
+        )
+        rows, result = row_documents(evaluation), evaluation.document(resamples)
     if rows_file is not None:
-        write_lines(rows_file, "--rows", row_documents(evaluation))
-    result = evaluation.document(resamples)
+        write_lines(rows_file, "--rows", rows)
     write_json(json_file, result)
-    if report is not None:
+    if report is not None and evaluation is not None:
         command = shlex.join(["credence", *sys.argv[1:]])
         say(
             json_file,
@@ -202,10 +237,13 @@ def evaluate(
         )
     if json_file != "-":
         entries = [*result["results"], *result.get("token_samples", [])]
-        columns = [name for name in EVAL_COLUMNS if any(entry[name] is not None for entry in entries)]
+        columns = [name for name in EVAL_COLUMNS if any(entry.get(name) is not None for entry in entries)]
         body = [[_number(entry[name]) for name in columns] for entry in result["results"]]
         for entry in result.get("token_samples", []):
-            body.append([f"{entry['k']} tokens", "-", "-", *(_number(entry[name]) for name in columns[3:])])
+            cells = [_number(entry[name]) for name in columns if name not in ("k", "tau", "temperature")]
+            body.append(
+                [f"{entry['k']} {'texts' if generate else 'tokens'}", *["-"] * (len(columns) - len(cells) - 1), *cells]
+            )
         print_table([EVAL_COLUMNS[name] for name in columns], body)
 
 

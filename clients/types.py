@@ -146,11 +146,16 @@ class Uncertainty(_Answer):
 
 
 class Choice(_Answer):
-    """One completion of the prompt; `logprobs` is OpenAI's object, as the server sent it."""
+    """One completion of the prompt; `logprobs` is OpenAI's object, as the server sent it.
+
+    Attributes:
+        token_ids: The completion's tokens, where `extra_body={"return_token_ids": True}` asked for them.
+    """
 
     index: int
     text: str
     finish_reason: str | None = None
+    token_ids: tuple[int, ...] | None = None
     logprobs: dict[str, JsonValue] | None = None
     uncertainty: Uncertainty | None = None
 

@@ -5,7 +5,9 @@
     {"prompt", "completion"}        fine-tuning on the completion
     {"messages"}                    chat; the last message is the assistant's and is what is learned
 
-Other fields are ignored. Every row of a file has the same format, and all or none have a "text_b". A bad row is named by file and line.
+Free text may have an "answer", which generated texts are compared with instead of the reference, and {"prompt", "completion"} rows "test"
+and "entry_point", a program's test and the function it calls. Other fields are ignored. Every row of a file has the same format, and all
+or none have a "text_b". A bad row is named by file and line.
 """
 
 import hashlib
@@ -49,10 +51,15 @@ FIELDS: dict[DataFormat, tuple[str, ...]] = {
 PAIR = "text_b"
 """Second text of a {"text", "label"} row, if it classifies a pair."""
 
+OPTIONAL_FIELDS: dict[DataFormat, tuple[str, ...]] = {
+    DataFormat.COMPLETION: ("answer", "test", "entry_point"),
+    DataFormat.MESSAGES: ("answer",),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One validated row: its line number and the fields of its format."""
+    """One validated row: its line number, and the fields of its format with the optional ones that it has."""
 
     line: int
     fields: Mapping[str, Any]
@@ -118,7 +125,8 @@ def read_data(path: str | Path, *, expected: DataFormat | None = None) -> DataFi
                 line=number,
             )
         found = row_format
-        complaint = CHECKS[row_format](document)
+        optional = [name for name in OPTIONAL_FIELDS.get(row_format, ()) if document.get(name) is not None]
+        complaint = CHECKS[row_format](document) or _text_complaint(document, *optional)
         if complaint:
             raise DataError(complaint, file=path, line=number)
         names = (*FIELDS[row_format], *([PAIR] if row_format is DataFormat.LABEL and PAIR in document else []))
@@ -129,7 +137,7 @@ def read_data(path: str | Path, *, expected: DataFormat | None = None) -> DataFi
                 file=path,
                 line=number,
             )
-        rows.append(Row(number, {name: document[name] for name in names}))
+        rows.append(Row(number, {name: document[name] for name in (*names, *optional)}))
     if found is None:
         raise DataError("holds no row; give a JSON Lines file with one object a line", file=path)
     return DataFile(path=path, format=found, rows=tuple(rows), sha256=hashlib.sha256(data).hexdigest())

@@ -181,7 +181,7 @@ def measure(
         raise MetricError(
             f"token samples are shares of answers out of a known set, and the adapter was trained on {expected} rows; leave them out"
         )
-    points = [(k, value) for k in ks for value in _taus(artifact, k, asked)]
+    points = [(k, value) for k in ks for value in taus_of(artifact, k, asked)]
     file = read_data(data, expected=expected)
     ood_file = read_data(ood, expected=expected) if ood is not None else None
     with _engine(artifact, base, server, max(ks), dtype, batch_size) as engine:
@@ -213,7 +213,7 @@ def measure(
     )
 
 
-def _taus(artifact: Artifact, k: int, asked: Sequence[Tau]) -> list[float]:
+def taus_of(artifact: Artifact, k: int, asked: Sequence[Tau]) -> list[float]:
     """The values of tau for K samples, each once; the mean has none."""
     if k == 0 or not artifact.has_posterior:
         return [0.0]

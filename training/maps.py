@@ -16,9 +16,10 @@ from sklearn.linear_model import LogisticRegression
 from credence.adapters.calibration import probability_correct
 from credence.adapters.config import BeforeAfter, IsotonicMap, PlattMap
 from credence.training.errors import MetricError
-from credence.training.generate import generate_greedily
+from credence.training.generate import generate
 from credence.training.predict import Factors, Predictor
 from credence.training.prompts import Example
+from credence.training.verifiers import normalise_text
 
 FOLDS = 5
 FEWEST_OF_A_CLASS = FOLDS
@@ -94,7 +95,7 @@ class Answers:
         if not self.examples:
             reason = f"no held-out reference has at most release.max_new_tokens = {self.max_new_tokens} tokens"
             return MapResult(rows=0, correct=0, reason=reason)
-        texts = generate_greedily(
+        texts = generate(
             predictor,
             [example.prompt for example in self.examples],
             draws,
@@ -112,11 +113,6 @@ class Answers:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return normalise_text(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-
-def normalise_text(text: str) -> str:
-    """The text without case, outer whitespace and differences of inner whitespace."""
-    return " ".join(text.split()).casefold()
 
 
 def fit_map(scores: ArrayLike, correct: ArrayLike, without_map: ArrayLike) -> MapResult:

@@ -4,6 +4,7 @@ Every function takes 1-D array-likes and returns a float, or None where the metr
 count); none returns NaN. A non-finite input is an error. Curves that scikit-learn has are scikit-learn's.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,6 +201,22 @@ def coverage_at_risk(confidence: ArrayLike, correct: ArrayLike, risk: float) -> 
     ordered = np.sort(_numbers("confidence", confidence))[::-1]
     ends_group = np.append(ordered[1:] != ordered[:-1], True)
     return float(coverages[ends_group & (risks <= risk + 1e-12)].max(initial=0.0))
+
+
+def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
+    """Probability that one of k samples passes, estimated from n of which c passed: 1 - C(n - c, k) / C(n, k).
+
+    Unbiased for independent samples (Chen et al., arXiv:2107.03374, 2021, eq. 1).
+
+    Raises:
+        MetricError: not 1 <= k <= n or not 0 <= c <= n.
+    """
+    if not 1 <= k <= num_samples or not 0 <= num_passed <= num_samples:
+        raise MetricError(
+            f"pass@k needs 1 <= k <= samples and 0 <= passed <= samples, got k = {k}, {num_samples} samples, {num_passed} passed"
+        )
+    ways = math.comb(num_samples, k)
+    return (ways - math.comb(num_samples - num_passed, k)) / ways
 
 
 def _confidences(confidence: ArrayLike, correct: ArrayLike) -> tuple[Floats, Floats]:

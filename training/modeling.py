@@ -400,6 +400,28 @@ def logits_at(
     return chosen
 
 
+def next_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Logits of the token after each row, [B, V], and the model's cache of keys and values, which then holds ``input_ids`` too.
+
+    The cache is of the kind the model makes for itself. Padding at a row's left end has no position and is not attended to.
+
+    Args:
+        input_ids: [B, T], the tokens that the cache does not hold.
+        attention_mask: [B, cached + T], 0 for padding.
+        cache: what an earlier call returned, of the same rows; None for none.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = inspect.signature(inner.forward).parameters
+    kwargs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": True}
+    if "position_ids" in known:
+        positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+        kwargs["position_ids"] = positions[:, -input_ids.shape[1] :]
+    if "logits_to_keep" in known:
+        kwargs["logits_to_keep"] = 1
+    output = model(**kwargs, past_key_values=cache)
+    return output.logits[:, -1], output.past_key_values
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message."""
     return str(error).strip().partition("\n")[0]

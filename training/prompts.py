@@ -223,6 +223,24 @@ class Encoder:
             examples.append(example)
         return examples
 
+    def prompts(self, data: DataFile) -> list[tuple[int, ...]]:
+        """The prompts of free-text rows, for texts that are to be generated: the references do not count, however long they are.
+
+        Raises:
+            DataError: a prompt leaves no room for a token in ``max_length``.
+        """
+        prompts = []
+        for row in data.rows:
+            prompt = self._prompt_ids(data, row)
+            if len(prompt) >= self.max_length:
+                raise DataError(
+                    f"has a prompt of {len(prompt)} tokens; the model reads {self.max_length}, so no text can follow: shorten the row",
+                    file=data.path,
+                    line=row.line,
+                )
+            prompts.append(tuple(prompt))
+        return prompts
+
     def answer_texts(self, example: Example) -> list[str]:
         """What a server of the artifact calls the candidates of a label or choice row: its labels, or the letters after the prompt."""
         if self.space is not None:
@@ -273,17 +291,24 @@ class Encoder:
             self._letters[count] = answer_tokens(self.tokenizer, "Answer:", count)
         return self._letters[count]
 
-    def _encode_free(self, data: DataFile, row: Row) -> Example:
+    def _prompt_ids(self, data: DataFile, row: Row) -> list[int]:
         if self.format is DataFormat.COMPLETION:
             prompt = _ids(self.tokenizer, row.fields["prompt"])
+        else:
+            messages, apply = row.fields["messages"][:-1], self.tokenizer.apply_chat_template
+            prompt = list(apply(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+        if not prompt:
+            raise DataError("the prompt has no token", file=data.path, line=row.line)
+        return prompt
+
+    def _encode_free(self, data: DataFile, row: Row) -> Example:
+        prompt = self._prompt_ids(data, row)
+        if self.format is DataFormat.COMPLETION:
             target = list(self.tokenizer(row.fields["completion"], add_special_tokens=False)["input_ids"])
             if self.tokenizer.eos_token_id is not None:
                 target.append(self.tokenizer.eos_token_id)
         else:
-            messages = row.fields["messages"]
-            apply = self.tokenizer.apply_chat_template
-            prompt = list(apply(messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=False))
-            whole = list(apply(messages, tokenize=True, return_dict=False))
+            whole = list(self.tokenizer.apply_chat_template(row.fields["messages"], tokenize=True, return_dict=False))
             if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
                 raise DataError(
                     "the tokenizer's chat template renders the conversation without its last message differently, so the "
@@ -292,8 +317,6 @@ class Encoder:
                     line=row.line,
                 )
             target = whole[len(prompt) :]
-        if not prompt:
-            raise DataError("the prompt has no token", file=data.path, line=row.line)
         return Example(tuple(prompt), tuple(target), (), None, row.line)
 
 

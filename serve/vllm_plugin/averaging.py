@@ -6,7 +6,6 @@ tensors never make the host wait for the device. Shape suffixes: G gangs of equa
 M most likely tokens.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from credence.adapters.sampling import inverse_cdf, token_uniform
 from credence.adapters.uncertainty import TokenScores, token_scores
 
 GREEDY_TEMPERATURE = 1e-5
@@ -205,25 +205,9 @@ def choose_token(logits_V: Tensor, rule: ChoiceRule, step: int) -> Tensor:
         reached = weights.cumsum(0) - weights
         weights = torch.where(reached < rule.top_p * weights.sum(), weights, 0.0)
         weights[0] = weights[0].clamp_min(torch.finfo(weights.dtype).tiny)
-    position = _inverse_cdf(weights, uniform(rule.seed, step))
+    position = inverse_cdf(weights, token_uniform(rule.seed, step))
     # gather, not ids[position]: an index without dimensions is read by the host.
     return position if ids is None else ids.gather(0, position[None])[0]
-
-
-def uniform(seed: int, step: int) -> float:
-    """Returns a uniform number in [0, 1) with 53 bits: a counter-based generator, SHA-256 of (seed, step)."""
-    if not 0 <= seed < 2**64 or step < 0:
-        raise ValueError(f"seed must be in 0..2**64 - 1 and step 0 or more, got {seed} and {step}")
-    digest = hashlib.sha256(b"credence.token\0" + seed.to_bytes(8, "little") + step.to_bytes(8, "little")).digest()
-    return math.ldexp(int.from_bytes(digest[:8], "little") >> 11, -53)
-
-
-def _inverse_cdf(weights: Tensor, u: float) -> Tensor:
-    """Returns the first position whose cumulative weight exceeds u times the sum; its weight is positive."""
-    cumulative = weights.cumsum(0)
-    position = torch.searchsorted(cumulative, u * cumulative[-1:], right=True).clamp_max(weights.shape[0] - 1)
-    # A parallel prefix sum may round a token of weight 0 above its neighbour; never return such a token.
-    return torch.where(weights.gather(0, position) > 0, position, weights.argmax())[0]
 
 
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from credence.adapters.config import PosteriorConfig
-from credence.adapters.sampling import GENERATOR, NoiseSource
+from credence.adapters.sampling import GENERATOR, NoiseSource, inverse_cdf, token_uniform
 
 Q_PROJ, DOWN_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.31.mlp.down_proj"
 
@@ -164,3 +164,48 @@ def test_moments_of_the_chi_squares(dof: float) -> None:
 def test_negative_numbers_are_refused(seed: int, index: int) -> None:
     with pytest.raises(ValueError, match=f"0 or more, got seed={seed}, index={index}"):
         NoiseSource(seed, index)
+
+
+def test_token_uniforms_are_uniform_and_pinned() -> None:
+    values = torch.tensor([token_uniform(seed, step) for seed in range(200) for step in range(50)], dtype=torch.float64)
+    assert values.min() >= 0 and values.max() < 1
+    counts = torch.histc(values, bins=20, min=0, max=1)
+    assert (((counts - 500) ** 2) / 500).sum() < 60
+    # Served answers with a seed must not change between releases.
+    assert token_uniform(0, 0) == pytest.approx(PINNED[0], abs=0) and token_uniform(2**64 - 1, 12345) == pytest.approx(
+        PINNED[1], abs=0
+    )
+    for seed, step in ((-1, 0), (2**64, 0), (0, -1)):
+        with pytest.raises(ValueError, match="seed must be in"):
+            token_uniform(seed, step)
+
+
+PINNED = (0.4048814919348268, 0.09777638010534451)
+
+
+def test_seeds_of_texts_are_distinct_and_pinned() -> None:
+    seeds = {
+        NoiseSource(s, index, "tokens").token_seed(str(row))
+        for s in range(3)
+        for index in range(5)
+        for row in range(50)
+    }
+    assert len(seeds) == 3 * 5 * 50 and all(0 <= seed < 2**63 for seed in seeds)
+    assert NoiseSource(0, 0, "tokens").token_seed("0") == PINNED_TOKEN_SEED
+
+
+PINNED_TOKEN_SEED = 7024483617008254031
+
+
+def test_inverse_cdf_draws_each_position_by_its_weight() -> None:
+    weights = torch.tensor([[0.0, 1.0, 3.0, 0.0], [2.0, 0.0, 0.0, 2.0]], dtype=torch.float64)
+    for u, expected in (
+        (0.0, [1, 0]),
+        (0.2499, [1, 0]),
+        (0.25, [2, 0]),
+        (0.4999, [2, 0]),
+        (0.5, [2, 3]),
+        (0.9999, [2, 3]),
+    ):
+        assert inverse_cdf(weights, torch.full((2, 1), u)).tolist() == expected
+        assert [int(inverse_cdf(row, u)) for row in weights] == expected

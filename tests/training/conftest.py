@@ -9,7 +9,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from credence.training.config import TrainConfig, load_config
+from credence.adapters.posterior import LoraFactors
+from credence.training.config import LoraSettings, TrainConfig, load_config
+from credence.training.modeling import add_lora, get_factors, load_base
+from credence.training.predict import Predictor
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -77,6 +80,22 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base model with a chat template."""
     return make_base(tmp_path_factory.mktemp("base") / "tiny-chat", CHAT_TEMPLATE)
+
+
+@pytest.fixture
+def predictor(base: Path) -> Predictor:
+    """The tiny base model with a random LoRA; two rows a batch."""
+    torch.manual_seed(2)
+    model, sites = add_lora(load_base(base, "float32"), LoraSettings(r=4, alpha=8))
+    for site in sites:
+        torch.nn.init.normal_(site.mean.B, std=0.3)
+    return Predictor(model, sites, pad_token=0, batch_size=2)
+
+
+def draws_of(predictor: Predictor) -> list[dict[str, LoraFactors]]:
+    """Three samples that predict differently."""
+    mean = get_factors(predictor.sites)
+    return [{n: LoraFactors(A=f.A + 0.3 * i, B=f.B) for n, f in mean.items()} for i in range(3)]
 
 
 @pytest.fixture

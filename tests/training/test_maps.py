@@ -1,4 +1,4 @@
-"""Maps of the confidence: greedy texts against a slow reference, fits against independent optima, and what serves them."""
+"""Maps of the confidence: fits against independent optima, and what serves them."""
 
 import json
 import math
@@ -7,105 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from credence.adapters import IsotonicMap, PlattMap, load_artifact, probability_correct
-from credence.adapters.posterior import LoraFactors
-from credence.training.config import LoraSettings
 from credence.training.errors import MetricError
-from credence.training.generate import generate_greedily, stop_tokens
+from credence.training.generate import generate
 from credence.training.loop import train
-from credence.training.maps import Answers, fit_map, normalise_text, platt
-from credence.training.modeling import add_lora, get_factors, load_base, load_tokenizer, set_factors
-from credence.training.predict import Predictor, score
+from credence.training.maps import Answers, fit_map, platt
+from credence.training.modeling import load_tokenizer
+from credence.training.predict import Predictor
 from credence.training.prompts import Example
 from credence.training.release import release
-from tests.training.conftest import quick_config
+from credence.training.verifiers import normalise_text
+from tests.training.conftest import draws_of, quick_config
 
 Write = Callable[..., Path]
-
-
-@pytest.fixture
-def predictor(base: Path) -> Predictor:
-    torch.manual_seed(2)
-    model, sites = add_lora(load_base(base, "float32"), LoraSettings(r=4, alpha=8))
-    for site in sites:
-        torch.nn.init.normal_(site.mean.B, std=0.3)
-    return Predictor(model, sites, pad_token=0, batch_size=2)
-
-
-def draws_of(predictor: Predictor) -> list[dict[str, LoraFactors]]:
-    mean = get_factors(predictor.sites)
-    return [{n: LoraFactors(A=f.A + 0.3 * i, B=f.B) for n, f in mean.items()} for i in range(3)]
-
-
-PROMPTS = [(5, 6, 7), (9,), (30, 31, 32, 33, 34), (100, 101)]
-
-
-def slow_greedy(
-    predictor: Predictor, prompt: tuple[int, ...], draws: list[dict[str, LoraFactors]], steps: int, temperature: float
-) -> tuple[list[int], list[float], list[float]]:
-    """One row, one draw, one forward pass at a time, float64 after the logits."""
-    ids, at_one, tempered = list(prompt), [], []
-    for _ in range(steps):
-        members = []
-        for factors in draws:
-            set_factors(predictor.sites, factors)
-            with torch.no_grad():
-                members.append(torch.softmax(predictor.model(input_ids=torch.tensor([ids])).logits[0, -1].double(), -1))
-        average = torch.stack(members).mean(0)
-        token = int(average.argmax())
-        powered = average ** (1 / temperature)
-        ids.append(token)
-        at_one.append(math.log(float(average[token])))
-        tempered.append(math.log(float(powered[token] / powered.sum())))
-    return ids[len(prompt) :], at_one, tempered
-
-
-def test_greedy_texts_equal_a_slow_reference(predictor: Predictor) -> None:
-    """Rows of different lengths, batches of two, a stop token that some rows meet, and the context's end."""
-    draws, steps = draws_of(predictor), 6
-    expected = [slow_greedy(predictor, prompt, draws, steps, 1.7) for prompt in PROMPTS]
-    stop = expected[0][0][2]
-    texts = generate_greedily(
-        predictor, PROMPTS, draws, stop={stop}, max_new_tokens=steps, max_length=9, temperature=1.7
-    )
-    ends = set()
-    for prompt, text, (tokens, at_one, tempered) in zip(PROMPTS, texts, expected, strict=True):
-        length = min(steps, 9 - len(prompt), tokens.index(stop) + 1 if stop in tokens else steps)
-        assert list(text.tokens) == tokens[:length]
-        assert text.stopped == (tokens[length - 1] == stop)
-        assert text.score == pytest.approx(sum(at_one[:length]) / length, abs=1e-5)
-        assert text.tempered_score == pytest.approx(sum(tempered[:length]) / length, abs=1e-5)
-        ends.add((text.stopped, length))
-    assert {stopped for stopped, _ in ends} == {True, False} and any(length == 4 for _, length in ends)
-
-
-def test_greedy_text_is_the_reference_exactly_where_teacher_forcing_agrees_everywhere(predictor: Predictor) -> None:
-    draws = draws_of(predictor)
-    own = generate_greedily(predictor, PROMPTS, draws, stop=(), max_new_tokens=3, max_length=128)
-    rows = [Example(prompt, text.tokens, (), None, 0) for prompt, text in zip(PROMPTS, own, strict=True)]
-    for position in range(3):  # one token of the reference is another one
-        changed = list(own[0].tokens)
-        changed[position] = (changed[position] + 1) % 258
-        rows.append(Example(PROMPTS[0], tuple(changed), (), None, 0))
-    agrees = [True] * len(rows)
-    for prediction in predictor.predict(rows, draws, [3]):
-        scores = score(prediction)
-        for row, right in zip(scores.row.tolist(), scores.correct.tolist(), strict=True):
-            agrees[row] &= right
-    assert agrees == [True] * 4 + [False] * 3
-    greedy = generate_greedily(predictor, [r.prompt for r in rows], draws, stop=(), max_new_tokens=3, max_length=128)
-    assert [text.tokens == row.target for text, row in zip(greedy, rows, strict=True)] == agrees
 
 
 def test_an_answer_counts_if_it_ends_and_has_the_references_words(predictor: Predictor, base: Path) -> None:
     """Case and whitespace do not count; an answer that a limit cut is wrong."""
     tokenizer, draws = load_tokenizer(base), draws_of(predictor)[:1]
     prompts = [(index + 3,) for index in range(12)]
-    own = generate_greedily(predictor, prompts, draws, stop=(), max_new_tokens=3, max_length=128)
+    own = generate(predictor, prompts, draws, stop=(), max_new_tokens=3, max_length=128)
     stop = {text.tokens[-1] for text in own[:6]}
-    own = generate_greedily(predictor, prompts, draws, stop=stop, max_new_tokens=3, max_length=128)
+    own = generate(predictor, prompts, draws, stop=stop, max_new_tokens=3, max_length=128)
     examples = [Example(prompt, text.tokens, (), None, 0) for prompt, text in zip(prompts, own, strict=True)]
     examples[0] = Example(examples[0].prompt, (70, 71), (), None, 0)
     answers = Answers(tokenizer=tokenizer, examples=examples, stop=stop, max_new_tokens=3, max_length=128)
@@ -114,13 +38,6 @@ def test_an_answer_counts_if_it_ends_and_has_the_references_words(predictor: Pre
     no_end = Answers(tokenizer=tokenizer, examples=examples, stop=(), max_new_tokens=3, max_length=128)
     assert no_end.fit_map(predictor, draws, 1.0).metrics()["reason"].endswith("so an answer has no end")
     assert normalise_text(" A \n b\tC") == normalise_text("a B c ") == "a b c" != normalise_text("ab c")
-
-
-def test_texts_end_where_vllm_ends_them(predictor: Predictor, base: Path) -> None:
-    tokenizer = load_tokenizer(base)
-    assert stop_tokens(predictor.model, tokenizer) == {1}
-    predictor.model.generation_config.eos_token_id = [1, 7]
-    assert stop_tokens(predictor.model, tokenizer) == {1, 7}
 
 
 def rows_of(count: int, *, slope: float = 3.0, intercept: float = 3.0) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,6 @@ from credence.serve.vllm_plugin.averaging import (
     constraint,
     mean_log_normaliser,
     penalise,
-    uniform,
 )
 
 K, V = 5, 37
@@ -197,23 +196,6 @@ def test_the_choice_is_a_function_of_seed_and_step() -> None:
 def test_tiny_temperature_and_huge_logits_stay_finite() -> None:
     log_probs = torch.tensor([0.0, -1e-3, -1e4])
     assert int(choose_token(log_probs, ChoiceRule(seed=0, temperature=1.1e-5), 0)) == 0
-
-
-def test_the_generator_is_uniform_and_pinned() -> None:
-    values = torch.tensor([uniform(seed, step) for seed in range(200) for step in range(50)], dtype=torch.float64)
-    assert values.min() >= 0 and values.max() < 1
-    counts = torch.histc(values, bins=20, min=0, max=1)
-    assert (((counts - 500) ** 2) / 500).sum() < 60
-    # Served answers with a seed must not change between releases.
-    assert uniform(0, 0) == pytest.approx(PINNED[0], abs=0) and uniform(2**64 - 1, 12345) == pytest.approx(
-        PINNED[1], abs=0
-    )
-    for seed, step in ((-1, 0), (2**64, 0), (0, -1)):
-        with pytest.raises(ValueError, match="seed must be in"):
-            uniform(seed, step)
-
-
-PINNED = (0.4048814919348268, 0.09777638010534451)
 
 
 def test_penalties_follow_the_slow_definition() -> None:
