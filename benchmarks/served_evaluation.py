@@ -26,7 +26,6 @@ import torch
 from credence.benchmarks.measure import Measurement, OtherWork, interleave, machine, timed, usable_cores, wait_idle
 from credence.benchmarks.servers import ADAPTER, EngineSettings, Target, credence_server
 from credence.benchmarks.workload import ModelShape, given_workload, random_workload
-from credence.cli.served import DEFAULT_CONCURRENCY, Server
 from credence.clients import Client
 from credence.training.config import load_config
 from credence.training.evaluate import Evaluation, measure
@@ -34,6 +33,7 @@ from credence.training.loop import train
 from credence.training.modeling import load_tokenizer
 from credence.training.predict import Scores
 from credence.training.prompts import choice_prompt
+from credence.training.served import DEFAULT_CONCURRENCY, Server
 
 TASKS = ("clinc_domains", "arc_easy")
 K = 10

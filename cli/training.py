@@ -187,10 +187,10 @@ def evaluate(
     if generate is not None and (ood is not None or report is not None):
         raise typer.BadParameter("--generate has no --ood rows and no --report; leave one of them out")
     with needs_extra("train"):
-        from credence.cli.served import Server
         from credence.training.evaluate import measure
         from credence.training.generation import measure_generation
         from credence.training.rows import row_documents
+        from credence.training.served import Server
         from credence.training.verifiers import verifier, warning
     if report is not None:
         # Before the work starts: neither a missing package nor a folder that cannot be written shall cost an evaluation.

@@ -9,12 +9,12 @@ import pytest
 
 from credence.adapters import load_artifact
 from credence.cli.main import run as credence
-from credence.cli.served import Server as Served
 from credence.clients import Client
 from credence.training.config import load_config
 from credence.training.errors import MetricError
 from credence.training.evaluate import evaluate
 from credence.training.loop import train
+from credence.training.served import Server as Served
 from tests.serve.conftest import Server, credence_command, start
 from tests.training.conftest import make_base
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from credence.cli.main import run as credence
-from credence.cli.served import Server as Served
 from credence.clients import Client
 from credence.training.config import load_config
 from credence.training.generation import TextEntry, measure_generation
 from credence.training.loop import train
+from credence.training.served import Server as Served
 from tests.serve.conftest import Server, credence_command, start
 from tests.training.conftest import make_base
 

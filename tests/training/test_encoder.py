@@ -22,7 +22,6 @@ from transformers.utils import logging as hf_logging
 from credence.adapters.artifact import Artifact, load_artifact, write_sample
 from credence.adapters.errors import ArtifactError
 from credence.adapters.merged import merge
-from credence.cli.served import Server
 from credence.serve.errors import ConfigurationError
 from credence.serve.launcher import verify
 from credence.training.classifier import load_classifier, load_model
@@ -39,6 +38,7 @@ from credence.training.modeling import add_lora, context_length, is_encoder, loa
 from credence.training.predict import Prediction, Predictor
 from credence.training.prompts import Encoder, class_space, collate, label_space
 from credence.training.release import release
+from credence.training.served import Server
 from credence.training.session import open_session
 from credence.training.trainer import target_nll
 from tests.training.conftest import label_rows, quick_config
