@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from credence.cli.output import JsonOption, needs_extra, print_table, say, write_json
+from credence.cli.output import JsonOption, needs_extra, print_table, say, warn, write_json
 
 
 def reproduce(
@@ -27,6 +27,12 @@ def reproduce(
     drop_long: Annotated[
         bool, typer.Option("--drop-long", help="Leave out rows longer than the base takes; the page counts them.")
     ] = False,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="Evaluate tasks that run generated programs; they are left out otherwise."
+        ),
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Train, release and evaluate the adapters of a published table, and print it beside ours.
@@ -42,6 +48,7 @@ def reproduce(
     """
     with needs_extra("train"):
         from credence.training import recipes
+        from credence.training.verifiers import VERIFIERS, warning
     if show_list:
         found = {recipe: recipes.load_recipe(recipe) for recipe in recipes.recipe_names()}
         write_json(json_file, {"recipes": {recipe: loaded.title for recipe, loaded in found.items()}})
@@ -66,7 +73,11 @@ def reproduce(
         adapters=_names(methods),
         tasks=_names(tasks),
         drop_long=drop_long,
+        allow_code_execution=allow_code_execution,
     )
+    caution = warning(VERIFIERS["python"]) if allow_code_execution else None
+    if caution is not None:
+        warn(caution)
     outcome = recipes.reproduce(asked, say=_progress)
     write_json(json_file, recipes.document(asked, outcome))
     say(json_file, recipes.page(asked, outcome))

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
-from credence.training.recipes import recipe_names
+import pytest
+
+from credence.training.errors import DataError
+from credence.training.recipes import Reproduction, recipe_names
 from tests.cli.conftest import Command
 from tests.training.conftest import make_base
 
@@ -47,6 +50,18 @@ def test_the_list_names_every_recipe(credence: Command) -> None:
     listed = credence("reproduce", "--list")
     assert listed.code == 0 and all(name in listed.out for name in recipe_names())
     assert set(json.loads(credence("reproduce", "--list", "--json", "-").out)["recipes"]) == set(recipe_names())
+
+
+@pytest.mark.parametrize("options", [(), ("--allow-code-execution",)])
+def test_programs_run_only_where_they_are_allowed(
+    options: tuple[str, ...], credence: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allowed(asked: Reproduction, say: object) -> None:
+        raise DataError(f"programs: {asked.allow_code_execution}", file=asked.data)
+
+    monkeypatch.setattr("credence.training.recipes.reproduce", allowed)
+    arguments = ["monteclora-generation", "--base", "base", "--data", tmp_path, "--output", tmp_path / "out"]
+    assert f"programs: {bool(options)}" in credence("reproduce", *arguments, *options).err
 
 
 def test_wrong_use_is_said(credence: Command, tmp_path: Path) -> None:

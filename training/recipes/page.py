@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from credence.training.recipes.recipe import AVERAGE, METRIC, Line
+from credence.training.recipes.recipe import AVERAGE, METRIC, ROBUSTNESS, Line
 from credence.training.recipes.run import Outcome, Reproduction
 
 
@@ -35,8 +35,8 @@ def cells(asked: Reproduction, outcome: Outcome) -> list[Cell]:
     return [
         _cell(outcome, line, task, metric, asked.recipe.tasks)
         for metric in asked.recipe.metrics
-        for line in _lines(asked, outcome)
-        for task in (*outcome.tasks, AVERAGE)
+        for line in _lines(asked, outcome, metric)
+        for task in _columns(asked, outcome)
     ]
 
 
@@ -50,6 +50,7 @@ def document(asked: Reproduction, outcome: Outcome) -> dict[str, Any]:
         "seeds": outcome.seeds,
         "tasks": list(outcome.tasks),
         "missing": dict(outcome.missing),
+        "failed": dict(outcome.failed),
         "left_out": {file: {"rows": count, "of": total} for file, (count, total) in outcome.left_out.items()},
         "cells": [asdict(cell) for cell in cells(asked, outcome)],
     }
@@ -68,10 +69,14 @@ def page(asked: Reproduction, outcome: Outcome) -> str:
         "know, or not run.",
         *(f"Left out: {problem}." for problem in outcome.missing.values()),
         *_left_out(outcome),
+        *(
+            f"Failed, and in the median worse than every other cell: {name} ({why})."
+            for name, why in outcome.failed.items()
+        ),
     ]
     found = {(cell.line, cell.task, cell.metric): cell for cell in cells(asked, outcome)}
     for metric in recipe.metrics:
-        columns = (*outcome.tasks, AVERAGE)
+        columns = _columns(asked, outcome)
         lines += [
             "",
             f"## {METRIC[metric].title}",
@@ -79,7 +84,7 @@ def page(asked: Reproduction, outcome: Outcome) -> str:
             f"| | | {' | '.join(columns)} |",
             "|---" * (len(columns) + 2) + "|",
         ]
-        for line in _lines(asked, outcome):
+        for line in _lines(asked, outcome, metric):
             row = [found[line.label, task, metric] for task in columns]
             published = any(cell.paper is not None for cell in row)
             if published:
@@ -98,8 +103,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
-def _lines(asked: Reproduction, outcome: Outcome) -> list[Line]:
-    return [line for line in asked.recipe.lines if line.adapter in outcome.adapters]
+def _columns(asked: Reproduction, outcome: Outcome) -> tuple[str, ...]:
+    return (*outcome.tasks, AVERAGE) if len(asked.recipe.tasks) > 1 else outcome.tasks
+
+
+def _lines(asked: Reproduction, outcome: Outcome, metric: str | None = None) -> list[Line]:
+    """The lines that are printed, of all metrics or one: robustness is that of a whole grid, and printed once."""
+    lines = [line for line in asked.recipe.lines if line.adapter in outcome.adapters]
+    return [line for line in lines if metric not in ROBUSTNESS or line.over == "median"]
 
 
 def _cell(outcome: Outcome, line: Line, task: str, metric: str, all_tasks: Sequence[str]) -> Cell:

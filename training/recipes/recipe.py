@@ -5,6 +5,7 @@ published numbers. The files are ``*.yaml`` beside this module; unknown keys are
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import product
 from typing import Any, Literal
 
 import yaml
@@ -39,7 +40,15 @@ METRIC = {
     "ece10": Metric("ECE of 10 bins, %", 100, 2),
     "ece15": Metric("ECE of 15 bins, %", 100, 2),
     "brier": Metric("Brier", 1, 3),
+    "extrinsic": Metric("extrinsic robustness (median accuracy over the grid), %", 100, 2),
+    "intrinsic": Metric("intrinsic robustness (1 / median NLL over the grid), 1 / nats", 1, 2),
 }
+
+ROBUSTNESS = ("extrinsic", "intrinsic")
+"""Metrics of a whole grid (Seth et al., MonteCLoRA, TMLR 2025): of lines over its median."""
+
+VERIFIER = {"gsm8k": "number", "humaneval": "python"}
+"""Verifier of each task of free text (``training/verifiers.py``)."""
 
 
 class Paper(Section):
@@ -72,6 +81,27 @@ class Adapter(Section):
     around: str | None = None
 
 
+class Grid(Section):
+    """Every adapter is trained at each learning rate with each batch size."""
+
+    learning_rates: tuple[float, ...] = Field(min_length=1)
+    batch_sizes: tuple[int, ...] = Field(min_length=1)
+
+    @property
+    def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Configuration sections of each cell by its name."""
+        return {
+            f"-{rate:g}-{size}": {"train": {"learning_rate": rate, "batch_size": size}}
+            for rate, size in product(self.learning_rates, self.batch_sizes)
+        }
+
+
+class Generate(Section):
+    """Texts are generated and verified."""
+
+    max_new_tokens: int = Field(ge=1)
+
+
 class Line(Section):
     """A line of the printed table: how an adapter answers.
 
@@ -79,6 +109,7 @@ class Line(Section):
         k: posterior samples averaged; 0 is the mean.
         tau: posterior temperature, or ``fitted``.
         tempered: whether the fitted temperature of the probabilities is used; the papers' lines do not.
+        over: which of a grid's values of every metric is printed.
         published: by task, or ``average``, and metric, in the printed unit.
         note: what is particular about the line.
     """
@@ -88,6 +119,7 @@ class Line(Section):
     k: int = Field(default=0, ge=0)
     tau: Literal["fitted"] | float = 1.0
     tempered: bool = False
+    over: Literal["median", "best", "worst"] | None = None
     published: dict[str, dict[str, float]] = Field(default_factory=dict)
     note: str = ""
 
@@ -101,6 +133,8 @@ class Recipe(Section):
         train_on: the one task that is trained, where the columns are only evaluated.
         seeds: seeds 0, 1, ... of every run.
         common: configuration sections of all adapters.
+        grid: the cells of a table of robustness.
+        generate: how texts are made where the tasks are free text.
         encoder: whether the base is an encoder with a classification head.
         scaling: what the full run takes, and what to expect of less.
         notes: where the recipe leaves the paper, and what of the paper it does not have.
@@ -116,6 +150,8 @@ class Recipe(Section):
     common: dict[str, dict[str, Any]] = Field(default_factory=dict)
     adapters: dict[str, Adapter] = Field(min_length=1)
     lines: tuple[Line, ...] = Field(min_length=1)
+    grid: Grid | None = None
+    generate: Generate | None = None
     encoder: bool = False
     scaling: str
     notes: tuple[str, ...] = ()
@@ -131,6 +167,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
+        for task in self.tasks:
+            if (task in VERIFIER) != (self.generate is not None):
+                raise ValueError(f"{task}: tasks of free text ({', '.join(VERIFIER)}), and these only, need generate")
+        if self.grid is None and set(self.metrics) & set(ROBUSTNESS):
+            raise ValueError(f"{' and '.join(ROBUSTNESS)} need a grid")
         for trained in self.trained:
             if not TASKS[trained].train:
                 raise ValueError(f"{trained} has no training rows")
@@ -147,6 +188,10 @@ class Recipe(Section):
         for line in self.lines:
             if line.adapter not in self.adapters:
                 raise ValueError(f"line {line.label} asks for {line.adapter!r}, which is no adapter of the recipe")
+            if (line.over is None) != (self.grid is None):
+                raise ValueError(f"line {line.label}: lines of a recipe with a grid, and these only, need over")
+            if line.tempered and self.generate is not None:
+                raise ValueError(f"line {line.label} is tempered; free text has no such temperature")
             for task, numbers in line.published.items():
                 unknown = set(numbers) - set(self.metrics)
                 if task not in (*self.tasks, AVERAGE) or unknown:
@@ -158,7 +203,12 @@ class Recipe(Section):
         """The tasks that adapters are trained on."""
         return (self.train_on,) if self.train_on else self.tasks
 
-    def config(self, adapter: str, task: str, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> TrainConfig:
+    @property
+    def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Configuration sections of each cell of the grid by its name; one without a name where there is no grid."""
+        return self.grid.cells if self.grid else {"": {}}
+
+    def config(self, adapter: str, task: str, *overrides: Mapping[str, Mapping[str, Any]]) -> TrainConfig:
         """Configuration of the adapter's training on a task, the method's own settings checked too.
 
         Raises:
@@ -166,7 +216,7 @@ class Recipe(Section):
         """
         chosen = self.adapters[adapter]
         document: dict[str, Any] = {}
-        for sections in (self.common, chosen.settings, chosen.tasks.get(task, {}), overrides or {}):
+        for sections in (self.common, chosen.settings, chosen.tasks.get(task, {}), *overrides):
             for section, values in sections.items():
                 document.setdefault(section, {}).update(values)
         config = parse_section(TrainConfig, document)
@@ -204,7 +254,8 @@ def parse_recipe(text: str, name: str) -> Recipe:
     recipe = parse_section(Recipe, document, prefix=name)
     for adapter in recipe.adapters:
         for task in recipe.trained:
-            recipe.config(adapter, task)
+            for cell in recipe.cells.values():
+                recipe.config(adapter, task, cell)
     return recipe
 
 

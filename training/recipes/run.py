@@ -4,16 +4,18 @@ OUTPUT/settings.json               what all runs of the folder share
 OUTPUT/data/TASK/SPLIT.jsonl       the rows used, where some are left out
 OUTPUT/adapters/TASK-ADAPTER-SEED  the artifacts
 OUTPUT/runs/TASK-ADAPTER-SEED.json their results, written last
+
+In a grid every name ends with -RATE-SIZE, the cell's learning rate and batch size.
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModel
@@ -23,12 +25,15 @@ from credence.training.config import TrainConfig
 from credence.training.data import DataFile, DataFormat, read_data
 from credence.training.errors import CheckpointError, ConfigError, DataError, ModelError
 from credence.training.evaluate import evaluate
+from credence.training.generation import measure_generation
 from credence.training.loop import train
 from credence.training.modeling import context_length, is_encoder, load_tokenizer
 from credence.training.prompts import Encoder, class_space, label_space
-from credence.training.recipes.recipe import Line, Recipe
+from credence.training.recipes.recipe import METRIC, ROBUSTNESS, VERIFIER, Line, Recipe
+from credence.training.robustness import FAILURES, REFUSALS, spread
 from credence.training.tasks import TASKS
 from credence.training.tasks.prepare import cut_off
+from credence.training.verifiers import VERIFIERS
 
 SETTINGS = "settings.json"
 
@@ -42,6 +47,7 @@ class Reproduction:
         rows: most rows of a file; steps: of a training; seeds: number of seeds. None takes the recipe's.
         adapters, tasks: some of the recipe's; None takes all.
         drop_long: leave out rows that are longer than the base model or ``train.max_length`` takes; otherwise they are an error.
+        allow_code_execution: whether tasks are evaluated whose verifier runs generated programs; otherwise they are left out.
     """
 
     name: str
@@ -56,6 +62,7 @@ class Reproduction:
     adapters: tuple[str, ...] | None = None
     tasks: tuple[str, ...] | None = None
     drop_long: bool = False
+    allow_code_execution: bool = False
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -78,7 +85,8 @@ class Outcome:
     Attributes:
         tasks, adapters, seeds: that were run.
         results: metrics by line's label, task and seed.
-        missing: tasks without data, and what to do.
+        missing: tasks that were left out, and what to do.
+        failed: runs of a grid whose training or evaluation failed, and why; in the median they are worse than every other.
         left_out: rows left out of each file, and rows in it before: ``{"arc_easy/train": (3, 1951)}``.
     """
 
@@ -87,6 +95,7 @@ class Outcome:
     seeds: int
     results: Mapping[tuple[str, str, int], Mapping[str, float | None]]
     missing: Mapping[str, str]
+    failed: Mapping[str, str]
     left_out: Mapping[str, tuple[int, int]]
     max_length: int
 
@@ -121,23 +130,56 @@ def reproduce(asked: Reproduction, say: Callable[[str], None] = lambda line: Non
     rows = _Rows(asked)
     files = {name: rows.files(name) for name in dict.fromkeys((*present, *(recipe.trained if recipe.train_on else ())))}
     results: dict[tuple[str, str, int], Mapping[str, float | None]] = {}
+    failed: dict[str, str] = {}
     seeds = asked.seeds or recipe.seeds
     for seed in range(seeds):
         for trained in (recipe.train_on,) if recipe.train_on else present:
             evaluated = present if recipe.train_on else (trained,)
             for adapter in adapters:
-                found = _run(asked, adapter, str(trained), seed, files, evaluated, say)
-                for label, by_task in found.items():
-                    results.update({(label, task, seed): entry for task, entry in by_task.items()})
+                runs = []
+                for cell in recipe.cells:
+                    name = f"{trained}-{adapter}-{seed}{cell}"
+                    run = _run(asked, adapter, str(trained), seed, cell, files, evaluated, say)
+                    runs.append(run)
+                    for entry in run.values():
+                        if "failed" in entry:
+                            failed[name] = entry["failed"]
+                for line in (line for line in recipe.lines if line.adapter == adapter):
+                    for task in evaluated:
+                        entries = [run[task]["lines"][line.label] for run in runs]
+                        results[line.label, task, seed] = over_cells(line.over, entries) if line.over else entries[0]
     return Outcome(
         tasks=present,
         adapters=adapters,
         seeds=seeds,
         results=results,
         missing=missing,
+        failed=failed,
         left_out=rows.left_out,
         max_length=rows.max_length,
     )
+
+
+def over_cells(
+    over: Literal["median", "best", "worst"], entries: Sequence[Mapping[str, float | None]]
+) -> dict[str, float | None]:
+    """One value of each metric from those of a grid's cells.
+
+    Each metric is taken by itself: the best accuracy and the best (smallest) NLL may be of two cells. A cell that failed has no metrics; it
+    is worse than every other in the median and does not count in best and worst.
+
+    Returns:
+        also ``extrinsic`` and ``intrinsic`` where ``over`` is the median (see :data:`ROBUSTNESS`); None where the median is a failed cell.
+    """
+    found = {
+        metric: spread([entry.get(metric) for entry in entries], larger_is_better=metric == "accuracy")[over]
+        for metric in METRIC
+        if metric not in ROBUSTNESS
+    }
+    if over == "median":
+        nll = found["nll"]
+        found |= dict(zip(ROBUSTNESS, (found["accuracy"], 1 / nll if nll else None), strict=True))
+    return found
 
 
 def _chosen(option: str, asked: tuple[str, ...] | None, allowed: tuple[str, ...]) -> tuple[str, ...]:
@@ -148,7 +190,9 @@ def _chosen(option: str, asked: tuple[str, ...] | None, allowed: tuple[str, ...]
 
 
 def _problem(asked: Reproduction, task: str, trains: bool) -> str | None:
-    """What to do to get a task's files; None if they are there."""
+    """What to do to have a task in the table; None if it can be."""
+    if task in VERIFIER and VERIFIERS[VERIFIER[task]].runs_code and not asked.allow_code_execution:
+        return f"{task} runs generated programs on this machine: allow it with --allow-code-execution"
     folder = asked.data / task
     lacking = [
         split for split in (TASKS[task].files if trains else ("test",)) if not (folder / f"{split}.jsonl").exists()
@@ -243,15 +287,18 @@ def _run(
     adapter: str,
     task: str,
     seed: int,
+    cell: str,
     files: Mapping[str, Mapping[str, Path]],
     evaluated: tuple[str, ...],
     say: Callable[[str], None],
-) -> dict[str, dict[str, Mapping[str, float | None]]]:
-    """Metrics by line's label and task; a finished run is read. What is kept of other tasks' evaluations stays."""
-    name = f"{task}-{adapter}-{seed}"
+) -> dict[str, dict[str, Any]]:
+    """By task ``lines``, the metrics of every line, and why the run ``failed``; a finished run is read. What is kept of other tasks'
+    evaluations stays.
+    """
+    name = f"{task}-{adapter}-{seed}{cell}"
     path = asked.output / "runs" / f"{name}.json"
     around = asked.recipe.adapters[adapter].around
-    config = _config(asked, adapter, task, seed)
+    config = _config(asked, adapter, task, seed, cell)
     now = {
         "config": config.model_dump(mode="json", exclude={"lora": {"init"}}),
         "train": _digest(files[task]["train"]),
@@ -268,53 +315,74 @@ def _run(
     lacking = [other for other in evaluated if other not in results]
     if lacking:
         artifact = asked.output / "adapters" / name
-        if around is not None:
-            _train(asked, around, task, seed, files)
-        _train(asked, adapter, task, seed, files)
-        for other in lacking:
-            results[other] = {
-                "test": tests[other],
-                "lines": _evaluate(artifact, asked.base, files[other]["test"], lines),
-            }
+        try:
+            if around is not None:
+                _train(asked, around, task, seed, cell, files)
+            _train(asked, adapter, task, seed, cell, files)
+            for other in lacking:
+                found = _evaluate(asked, artifact, other, files[other]["test"], lines)
+                results[other] = {"test": tests[other], "lines": found}
+        except FAILURES as error:  # of a grid that is a result
+            if isinstance(error, REFUSALS) or asked.recipe.grid is None:
+                raise
+            nothing: dict[str, Any] = {"failed": str(error), "lines": {line.label: {} for line in lines}}
+            results.update({other: {"test": tests[other], **nothing} for other in lacking if other not in results})
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, {**now, "results": results})
         say(f"{name}: done")
-    return {line.label: {other: results[other]["lines"][line.label] for other in evaluated} for line in lines}
+    return {other: results[other] for other in evaluated}
 
 
-def _config(asked: Reproduction, adapter: str, task: str, seed: int) -> TrainConfig:
+def _config(asked: Reproduction, adapter: str, task: str, seed: int, cell: str) -> TrainConfig:
     around = asked.recipe.adapters[adapter].around
     overrides: dict[str, dict[str, Any]] = {}
     if around is not None:
-        overrides["lora"] = {"init": str(asked.output / "adapters" / f"{task}-{around}-{seed}")}
+        overrides["lora"] = {"init": str(asked.output / "adapters" / f"{task}-{around}-{seed}{cell}")}
         overrides["train"] = {"max_steps": 0, "epochs": None}
     elif asked.steps is not None:
         overrides["train"] = {"max_steps": asked.steps, "epochs": None}
-    return asked.recipe.config(adapter, task, overrides)
+    return asked.recipe.config(adapter, task, asked.recipe.cells[cell], overrides)
 
 
-def _train(asked: Reproduction, adapter: str, task: str, seed: int, files: Mapping[str, Mapping[str, Path]]) -> None:
+def _train(
+    asked: Reproduction, adapter: str, task: str, seed: int, cell: str, files: Mapping[str, Mapping[str, Path]]
+) -> None:
     """Trains and releases an adapter if it is not there; an interrupted training goes on from its last checkpoint."""
-    output = asked.output / "adapters" / f"{task}-{adapter}-{seed}"
+    output = asked.output / "adapters" / f"{task}-{adapter}-{seed}{cell}"
     if output.exists():  # it appears in one step, when it is complete
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    method, config = asked.recipe.adapters[adapter].method, _config(asked, adapter, task, seed)
+    method, config = asked.recipe.adapters[adapter].method, _config(asked, adapter, task, seed, cell)
     data = files[task]
     train(asked.base, data["train"], data["validation"], method, output, config, seed, resume=True)
 
 
-def _evaluate(path: Path, base: str, test: Path, lines: list[Line]) -> dict[str, dict[str, float | None]]:
+def _evaluate(
+    asked: Reproduction, path: Path, task: str, test: Path, lines: list[Line]
+) -> dict[str, dict[str, float | None]]:
     """Metrics of each line; all lines of an artifact in one evaluation."""
     artifact = load_artifact(path)
     ks, taus = sorted({line.k for line in lines}), list(dict.fromkeys(line.tau for line in lines))
-    results = evaluate(path, base, test, ks=ks, tau=taus)["results"]
+    if asked.recipe.generate is None:
+        results = evaluate(path, asked.base, test, ks=ks, tau=taus)["results"]
+    else:
+        results = measure_generation(
+            path,
+            asked.base,
+            test,
+            VERIFIER[task],
+            ks,
+            taus,
+            max_new_tokens=asked.recipe.generate.max_new_tokens,
+            allow_code_execution=asked.allow_code_execution,
+        ).document()["results"]
     found = {}
     for line in lines:
         tau = artifact.config.fitted_tau(line.k) if line.tau == "fitted" else line.tau
         at = (line.k, tau if line.k > 0 and artifact.has_posterior else 0.0)
-        plain, tempered = (entry for entry in results if (entry["k"], entry["tau"]) == at)  # temperature 1, then T
-        found[line.label] = tempered if line.tempered else plain
+        # At temperature 1, then at T, which texts do not have.
+        matching = [entry for entry in results if (entry["k"], entry["tau"]) == at]
+        found[line.label] = matching[int(line.tempered)]
     return found
 
 
