@@ -165,11 +165,12 @@ def test_eval_writes_a_report(credence: Command, monkeypatch: pytest.MonkeyPatch
 
     def write(folder: Path, evaluation: Any, document: Any, *, name: str, command: str) -> Path:
         calls.append((folder, evaluation, document, name))
-        assert folder.is_dir() and command.startswith("credence ")
+        assert folder.is_dir() and command == "credence eval 'a folder'"
         return folder / "report.html"
 
     monkeypatch.setattr(evaluation, "measure", lambda *_, **__: measured)
     monkeypatch.setattr(writing, "write_report", write)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/credence", "eval", "a folder"])
     ask = ("eval", tmp_path / "triage", "--base", "b", "--data", "t", "--report")
     outcome = credence(*ask, tmp_path / "new" / "out")
     assert outcome.code == 0 and f"wrote {tmp_path}/new/out/report.html" in outcome.out

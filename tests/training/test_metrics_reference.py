@@ -106,6 +106,8 @@ def scores_of(rows: Sequence[tuple[float, bool]], epistemic: float) -> Scores:
         row=torch.arange(len(rows)),
         log_prob=confidence.log(),
         choice=torch.zeros(len(rows), dtype=torch.int64),
+        top=torch.zeros(len(rows), 1, dtype=torch.int64),
+        top_probs=confidence[:, None],
         correct=torch.tensor([truth for _, truth in rows]),
         confidence=confidence,
         brier=(1 - confidence) ** 2,

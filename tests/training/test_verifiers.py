@@ -132,8 +132,8 @@ HOSTILE = {
     "memory": "x = bytearray(2 * 10**9)",
     "exit 0": "import sys\nsys.exit(0)",
     "exit 0 at once": "import os\nos._exit(0)",
-    "fake success": "print('ok')\nimport os\nfor fd in range(1, 20):\n"
-    "    try: os.write(fd, b'passed' * 9)\n    except OSError: pass",
+    "fake success": "print('ok')\nimport os\nfor fd in range(1, 4096):\n"
+    "    try: os.write(fd, b'passed' * 9)\n    except OSError: pass\nos._exit(0)",
     "large file": "open('large', 'w').write('x' * 2**24)",
     "recursion": "def f(): f()\nf()",
     "exception at exit": "import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit(0)",
