@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from credence.adapters.artifact import Artifact, load_artifact
-from credence.adapters.sampling import NoiseSource
+from credence.adapters.sampling import NoiseSource, inverse_cdf
 from credence.training.data import DataFile, read_data
 from credence.training.errors import MetricError
 from credence.training.predict import Factors, Prediction, Predictor, Scores, score
@@ -293,11 +293,9 @@ def token_shares(mean: Prediction, uniforms_PK: torch.Tensor) -> Prediction:
     """
     probs_PC = mean.log_mean_PC.double().cpu().exp()
     P, K = uniforms_PK.shape
-    chosen_PK = torch.searchsorted(probs_PC.cumsum(-1), uniforms_PK.double(), right=True)
+    chosen_PK = inverse_cdf(probs_PC[:, None].expand(P, K, -1), uniforms_PK.double()[..., None])
+    counts_PC = torch.zeros_like(probs_PC).scatter_add_(1, chosen_PK, torch.ones(P, K).double())
     is_answer_PC = probs_PC > 0
-    # The probabilities' sum may end a rounding below a uniform.
-    last_P1 = is_answer_PC.shape[1] - 1 - is_answer_PC.flip(-1).int().argmax(-1, keepdim=True)
-    counts_PC = torch.zeros_like(probs_PC).scatter_add_(1, chosen_PK.minimum(last_P1), torch.ones(P, K).double())
     shares_PC = (counts_PC + is_answer_PC.double() / is_answer_PC.sum(-1, keepdim=True)) / (K + 1)
     entropy_P = torch.special.entr(shares_PC).sum(-1)
     return replace(mean, k=1, target=mean.target.cpu(), log_mean_PC=shares_PC.log(), expected_entropy=entropy_P)

@@ -97,17 +97,16 @@ def prediction(probs: list[list[float]]) -> Prediction:
 
 
 def test_token_shares_equal_a_loop_over_tokens() -> None:
-    """Rows of two and three answers; the inverse of the distribution function, written out."""
-    probs = [[0.2, 0.5, 0.3], [0.6, 0.4, 0.0], [0.0, 0.25, 0.75]]
-    uniforms = torch.rand((3, 9), generator=torch.Generator().manual_seed(0))
+    """Rows of two and three answers; the inverse of the distribution function, written out. The last row's sum is short of 1."""
+    probs = [[0.2, 0.5, 0.3], [0.6, 0.4, 0.0], [0.0, 0.25, 0.75], [0.5, 0.4, 0.0]]
+    uniforms = torch.rand((4, 9), generator=torch.Generator().manual_seed(0))
     uniforms[0, :3] = torch.tensor([0.0, 1 - 2.0**-24, 0.2])
-    uniforms[1, 0], uniforms[2, 0] = 1 - 2.0**-24, 0.0
+    uniforms[1, 0], uniforms[2, 0], uniforms[3, 0] = 1 - 2.0**-24, 0.0, 0.95
     found = token_shares(prediction(probs), uniforms)
     for row, p in enumerate(probs):
         counts, answers = [0] * 3, [index for index in range(3) if p[index] > 0]
         for u in uniforms[row].double().tolist():
-            passed = [index for index in answers if sum(p[: index + 1]) > u]
-            counts[passed[0] if passed else answers[-1]] += 1
+            counts[next(index for index in answers if sum(p[: index + 1]) > u * sum(p))] += 1
         expected = [(counts[index] + (1 / len(answers) if index in answers else 0)) / 10 for index in range(3)]
         assert found.log_mean_PC[row].exp().tolist() == pytest.approx(expected, abs=1e-15)
         entropy = -sum(q * math.log(q) for q in expected if q)
