@@ -34,6 +34,32 @@ def serve(
             show_default="every adapter's default samples and one request of the largest K",
         ),
     ] = None,
+    max_adapters: Annotated[
+        int | None,
+        typer.Option(
+            "--max-adapters",
+            min=1,
+            envvar="CREDENCE_MAX_ADAPTERS",
+            help="Adapters served at once.",
+            show_default="those given; at least 8 with --adapter-root or --adapter-dir",
+        ),
+    ] = None,
+    adapter_root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--adapter-root",
+            envvar="CREDENCE_ADAPTER_ROOT",
+            help="Folder below which artifacts may be loaded at run time; repeatable.",
+        ),
+    ] = None,
+    adapter_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter-dir",
+            envvar="CREDENCE_ADAPTER_DIR",
+            help="Folder whose sub-folders are adapters: what changes there is loaded, replaced and taken away.",
+        ),
+    ] = None,
 ) -> int:
     """Serve adapters with their uncertainty.
 
@@ -53,9 +79,9 @@ def serve(
     with needs_extra("serve"):
         from credence.adapters import is_merged
         from credence.serve.launcher import main
-    if not adapters and not is_merged(base):
+    if not adapters and adapter_dir is None and not is_merged(base):
         raise typer.BadParameter(
-            f"no --adapter given, and {base} is no model of `credence merge`; add --adapter NAME=DIR"
+            f"no --adapter given, and {base} is no model of `credence merge`; add --adapter NAME=DIR or --adapter-dir DIR"
         )
     return main(
         base=base,
@@ -67,6 +93,9 @@ def serve(
         default_samples=default_samples,
         max_samples=max_samples,
         sample_slots=sample_slots,
+        max_adapters=max_adapters,
+        adapter_roots=[str(root) for root in adapter_root or ()],
+        adapter_dir=None if adapter_dir is None else str(adapter_dir),
     )
 
 

@@ -26,6 +26,9 @@ class ServeConfig(BaseModel):
         default_samples: K when a request does not say.
         max_samples: largest K a request may ask for; needs as many LoRA slots.
         sample_slots: samples the workers keep; None for every adapter's resident set and room for the largest request beside them.
+        max_adapters: adapters that may be served at once; their means need as many LoRA slots.
+        adapter_roots: folders below which an artifact must lie to be loaded at run time.
+        adapter_dir: folder whose sub-folders are adapters, watched while the server runs.
         max_inflight_rows: member rows in flight before requests get 503.
         max_scored_rows: largest number of (sample, token) pairs that one text may be scored on; a worker holds a hidden state for each.
         max_body_bytes: largest request body.
@@ -40,6 +43,9 @@ class ServeConfig(BaseModel):
     default_samples: Annotated[int, Field(ge=1)] = 8
     max_samples: Annotated[int, Field(ge=1, le=1024)] = 32
     sample_slots: Annotated[int, Field(ge=1)] | None = None
+    max_adapters: Annotated[int, Field(ge=1, le=1024)] | None = None
+    adapter_roots: tuple[str, ...] = ()
+    adapter_dir: str | None = None
     max_inflight_rows: Annotated[int, Field(ge=1)] = 1024
     max_scored_rows: Annotated[int, Field(ge=1)] = 65536
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
@@ -60,15 +66,26 @@ class ServeConfig(BaseModel):
             raise ValueError(f"a merged model serves one adapter, its own; got {sorted(self.adapters)}")
         return self
 
+    @model_validator(mode="after")
+    def _room_for_the_adapters(self) -> "ServeConfig":
+        if len(self.adapters) > self.num_adapters:
+            raise ValueError(f"{len(self.adapters)} adapters are more than max_adapters = {self.num_adapters}")
+        return self
+
     @property
     def num_slots(self) -> int:
         """Samples the workers keep."""
-        return self.sample_slots or self.default_samples * len(self.adapters) + self.max_samples
+        return self.sample_slots or self.default_samples * self.num_adapters + self.max_samples
+
+    @property
+    def num_adapters(self) -> int:
+        """Adapters that may be served at once."""
+        return self.max_adapters or len(self.adapters)
 
     @property
     def num_mean_loras(self) -> int:
         """Means that take a LoRA slot: one per adapter, none of a merged model."""
-        return 0 if self.merged else len(self.adapters)
+        return 0 if self.merged else self.num_adapters
 
 
 def from_environment() -> ServeConfig:

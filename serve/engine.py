@@ -18,12 +18,16 @@ class EngineLimits:
         max_num_seqs: sequences in one batch.
         max_loras: distinct adapters in one batch.
         num_kv_blocks, block_size: the KV cache, in blocks and tokens per block.
+        max_lora_rank: largest rank of an adapter.
+        lora_modules: last names of the modules that take LoRA; None for all.
     """
 
     max_num_seqs: int
     max_loras: int
     num_kv_blocks: int
     block_size: int
+    max_lora_rank: int = 512
+    lora_modules: frozenset[str] | None = None
 
 
 class SampleEngine(Protocol):

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from credence.adapters import Artifact, IsotonicMap, PlattMap
 from credence.serve.config import ServeConfig
@@ -42,6 +43,8 @@ class ServedAdapter:
     artifact: Artifact
     merged: bool = False
     """Whether the mean is in the base weights, so that samples are delta adapters."""
+    mean: Any = None
+    """What the engine calls the mean adapter; None for the mean of a merged model."""
 
     @property
     def support(self) -> tuple[int, ...]:
@@ -327,18 +330,28 @@ class EnsembleService:
         distinct = adapter.artifact.num_distinct_samples
         return self.config.max_samples if distinct is None else min(self.config.max_samples, distinct)
 
-    async def warm_up(self) -> None:
-        """Draws the resident sample set of every adapter, so that the first request finds it.
+    async def make_resident(self, adapter: ServedAdapter) -> None:
+        """Draws the resident sample set of an adapter, so that the first request finds it.
 
         Raises:
-            ConfigurationError: a sample cannot be drawn.
+            Unavailable: a sample cannot be drawn.
         """
-        for adapter in self.adapters.values():
-            try:
-                async with self.ensemble(self.plan(adapter.name, UncertaintyOptions())) as ensemble:
-                    self._slots.pin([slot.ref for slot in ensemble.slots])
-            except Unavailable as error:
-                raise ConfigurationError(f"adapter {adapter.name}: {error.message}") from error
+        plan = self.plan_for(adapter, UncertaintyOptions())
+        refs = [adapter.sample(plan.seed, index, plan.tau) for index in range(plan.num_samples)]
+        drawn = [slot.ref for slot in await self.lease(refs)]
+        self.release(drawn)
+        if len(drawn) < len(refs):
+            raise Unavailable(
+                f"{len(refs) - len(drawn)} of {len(refs)} posterior samples could not be drawn", reason="sample_failed"
+            )
+        self._slots.pin(refs)
+
+    async def forget(self, digest: str) -> None:
+        """Takes the idle samples of an artifact out of the engine."""
+        async with self._lock:
+            for slot in self._slots.forget(digest):
+                await self._engine.unload(slot.lora_id)
+            self._count_slots()
 
     def plan(self, model: str | None, options: UncertaintyOptions) -> Plan:
         """Checks a request against the adapter and the server's limits and fills in the defaults.
@@ -353,7 +366,11 @@ class EnsembleService:
                 f"models with one: {', '.join(sorted(self.adapters))}",
                 param="model",
             )
-        most = self.max_samples(adapter)
+        return self.plan_for(adapter, options)
+
+    def plan_for(self, adapter: ServedAdapter, options: UncertaintyOptions) -> Plan:
+        """Like :meth:`plan`, for an adapter that need not be served yet; raises BadRequest."""
+        model, most = adapter.name, self.max_samples(adapter)
         adaptive = options.n_samples == "auto"
         k = (
             options.n_samples

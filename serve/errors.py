@@ -3,7 +3,10 @@
 ServeError
 ├── BadRequest         400  the request cannot be served as asked (``param`` names the field)
 ├── NotFound           404  no such model or route
+├── Forbidden          403  the server does not allow it
+├── Conflict           409  a name is taken, or the server's layout cannot do it
 ├── PayloadTooLarge    413  the body is over the limit
+├── ArtifactRefused    422  an artifact cannot be served (``code`` says why)
 ├── Unavailable        503  overloaded, draining, or a sample could not be loaded; retry later
 ├── EnsembleFailed     500  the engine did not deliver what an exact answer needs
 └── ConfigurationError  --  the server cannot start like this
@@ -61,6 +64,41 @@ class NotFound(ServeError):
 
     def __init__(self, message: str, *, param: str | None, reason: str = "unknown_model") -> None:
         super().__init__(message, param=param, reason=reason)
+
+
+class Forbidden(ServeError):
+    """403."""
+
+    status = 403
+    kind = "PermissionDeniedError"
+
+    def __init__(self, message: str, *, param: str | None) -> None:
+        super().__init__(message, param=param, reason="forbidden")
+
+
+class Conflict(ServeError):
+    """409."""
+
+    status = 409
+    kind = "ConflictError"
+
+    def __init__(self, message: str, *, param: str | None) -> None:
+        super().__init__(message, param=param, reason="conflict")
+
+
+class ArtifactRefused(ServeError):
+    """422; ``code`` is the reason of an ArtifactError, or what of the server's limits does not fit: rank, modules, classifier, engine."""
+
+    status = 422
+    kind = "ArtifactRefusedError"
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message, param="path", reason="artifact_refused")
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """The error as OpenAI's envelope."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 class PayloadTooLarge(ServeError):

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs
 
 from credence.serve.errors import BadRequest, NotFound, PayloadTooLarge, ServeError, Unavailable
 from credence.serve.facts import CURRENT, RequestFacts
+from credence.serve.in_flight import InFlight
 from credence.serve.metrics import Metrics, k_label, outcome_label
 from credence.serve.routes import SCORE_PATH, UNCERTAINTY_PATHS, Access, Route, find
 from credence.serve.schemas import UncertaintyOptions
@@ -65,6 +66,7 @@ class Backend(Protocol):
     draining: bool
     max_body_bytes: int
     api_keys: tuple[str, ...]
+    in_flight: InFlight
 
     async def answer(
         self, path: str, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
@@ -114,7 +116,17 @@ class Gate:
         if not _authorised(scope, route, backend.api_keys):
             await _send_json(sent, 401, _unauthorised(), {"WWW-Authenticate": "Bearer"})
             return
-        if scope["method"] != "POST" or not _is_json(scope):
+        if scope["method"] != "POST":
+            await self.app(scope, receive, sent)
+        elif route.access is not Access.ADMIN:
+            with backend.in_flight.entered(facts):
+                await self._post(backend, facts, scope, receive, sent)
+        else:
+            await self._post(backend, facts, scope, receive, sent)
+
+    async def _post(self, backend: Backend, facts: RequestFacts, scope: Scope, receive: Receive, sent: Send) -> None:
+        path = scope["path"]
+        if not _is_json(scope):
             await self.app(scope, receive, sent)
             return
         if backend.draining:

@@ -7,11 +7,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from credence.adapters import Artifact, ArtifactError, is_merged, load_artifact, load_merged
+from credence.adapters import ArtifactError, is_merged, load_artifact, load_merged
+from credence.serve import adapter_folder
+from credence.serve.adapter_registry import adapted_modules
 from credence.serve.config import ADAPTER_NAME, CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
-from credence.serve.errors import ConfigurationError
+from credence.serve.errors import ArtifactRefused, ConfigurationError
 
 SHARED_MEMORY = Path("/dev/shm")
+ADAPTERS_AT_RUN_TIME = 8
+"""Room for adapters on a server that takes more while it runs."""
 
 
 def main(
@@ -25,6 +29,9 @@ def main(
     default_samples: int = 8,
     max_samples: int = 32,
     sample_slots: int | None = None,
+    max_adapters: int | None = None,
+    adapter_roots: Sequence[str] = (),
+    adapter_dir: str | None = None,
 ) -> int:
     """Serves ``base`` with Bayesian adapters until a signal.
 
@@ -35,6 +42,9 @@ def main(
         extra_args: any flags of vLLM's server.
         default_samples, max_samples: K when a request does not say, and the largest K.
         sample_slots: samples that the workers keep; at least ``max_samples``.
+        max_adapters: adapters that may be served at once; None for those given, or :data:`ADAPTERS_AT_RUN_TIME` if more can come later.
+        adapter_roots: folders below which artifacts may be loaded at run time.
+        adapter_dir: folder whose sub-folders are adapters by name, watched while the server runs.
 
     Returns:
         The process's exit code.
@@ -50,13 +60,18 @@ def main(
         if merged:
             stored, rank, modules, dtype = verify_merged(base, adapters, state / "artifacts", extra_args)
         else:
-            stored, rank, modules = verify(adapters, state / "artifacts")
+            found = {} if adapter_dir is None else adapters_of(adapter_dir)
+            stored, rank, modules = verify({**found, **adapters}, state / "artifacts")
         config = ServeConfig(
             adapters=stored,
             merged=merged,
             default_samples=min(default_samples, max_samples),
             max_samples=max_samples,
             sample_slots=sample_slots,
+            max_adapters=max_adapters
+            or room_for_adapters(len(stored), bool(adapter_roots or adapter_dir) and not merged),
+            adapter_roots=tuple(adapter_roots),
+            adapter_dir=adapter_dir,
             state_dir=str(state),
             stats_dir=str(stats),
         )
@@ -79,6 +94,19 @@ def main(
         shutil.rmtree(state, ignore_errors=True)
 
 
+def adapters_of(adapter_dir: str) -> dict[str, str]:
+    """The adapters of a watched folder that can be served now; raises ConfigurationError if there is no such folder."""
+    try:
+        return adapter_folder.verified(Path(adapter_dir))
+    except OSError as error:
+        raise ConfigurationError(f"--adapter-dir {adapter_dir} cannot be read: {error.strerror}") from error
+
+
+def room_for_adapters(given: int, more_can_come: bool) -> int:
+    """How many adapters may be served at once when nobody says."""
+    return max(given + 2, ADAPTERS_AT_RUN_TIME) if more_can_come else given
+
+
 def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], int, list[str]]:
     """Verifies every artifact and copies it to the server's private store.
 
@@ -92,7 +120,10 @@ def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], in
     rank = 1
     modules: set[str] = set()
     if not adapters:
-        raise ConfigurationError("no adapter given; pass --adapter NAME=DIR at least once")
+        raise ConfigurationError(
+            "no adapter given; pass --adapter NAME=DIR at least once, or an --adapter-dir with a good one: the first adapters say which "
+            "rank and modules the server has room for"
+        )
     for name, path in adapters.items():
         if not ADAPTER_NAME.match(name):
             raise ConfigurationError(f"--adapter: the name {name!r} must match {ADAPTER_NAME.pattern}")
@@ -100,14 +131,12 @@ def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], in
             artifact = load_artifact(path, store=store)
         except ArtifactError as error:
             raise ConfigurationError(f"--adapter {name}={path} is refused ({error.reason}): {error}") from error
-        if artifact.head:
-            raise ConfigurationError(
-                f"--adapter {name}={path} is a classifier on an encoder, with a head of its own; vLLM serves causal language models: "
-                "evaluate it with `credence eval`"
-            )
         stored[name] = str(artifact.path)
         rank = max(rank, artifact.config.rank)
-        modules |= _adapted(artifact)
+        try:
+            modules |= adapted_modules(artifact)
+        except ArtifactRefused as error:
+            raise ConfigurationError(f"--adapter {name}={path} is refused: {error.message}") from error
     return stored, rank, sorted(modules)
 
 
@@ -141,17 +170,11 @@ def verify_merged(
     except ArtifactError as error:
         raise ConfigurationError(f"the merged model {base} is refused ({error.reason}): {error}") from error
     stored = {names[0] if names else model.name: str(model.artifact.path)}
-    return stored, model.rank, sorted(_adapted(model.artifact)), model.dtype
-
-
-def _adapted(artifact: Artifact) -> set[str]:
-    """Last names of the modules an artifact changes; raises ConfigurationError for one that vLLM serves wrongly."""
-    modules = {module.rpartition(".")[2] for module in artifact.mean}
-    if "lm_head" in modules:
-        raise ConfigurationError(
-            "an adapter changes lm_head; vLLM 0.32 computes wrong log-probabilities there, train without it"
-        )
-    return modules
+    try:
+        modules = sorted(adapted_modules(model.artifact))
+    except ArtifactRefused as error:
+        raise ConfigurationError(f"the merged model {base} is refused: {error.message}") from error
+    return stored, model.rank, modules, model.dtype
 
 
 def flag_values(flag: str, given: Sequence[str]) -> list[str] | None:

@@ -5,13 +5,17 @@ request of its own; these count what users asked for.
 """
 
 from collections.abc import Iterable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from credence.adapters.errors import ArtifactReason
 
 K_VALUES = (0, 1, 2, 4, 8, 16, 32)
 OUTCOMES = ("ok", "client_error", "server_error", "disconnected")
 REJECTIONS = (
-    "bad_request", "unknown_model", "unknown_route", "too_large", "overload", "draining", "sample_failed", "internal",
+    "bad_request", "unknown_model", "unknown_route", "too_large", "forbidden", "conflict", "artifact_refused", "overload", "draining",
+    "sample_failed", "internal",
 )  # fmt: skip
 LATENCY_BUCKETS_S = (
     0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.4, 0.6, 1, 1.5, 2.5, 4, 6, 10, 15, 25, 40, 60, 120, 300,
@@ -39,8 +43,7 @@ class Metrics:
     """
 
     def __init__(self, registry: CollectorRegistry, adapters: Iterable[tuple[str, str, str]]) -> None:
-        adapters = list(adapters)
-        names = [name for name, _, _ in adapters]
+        self._info: dict[str, tuple[str, str, str]] = {}
         self.request_duration_seconds = Histogram(
             "credence_request_duration_seconds",
             "Time from the request's arrival to the end of its answer, by number of posterior samples (k=0: the mean).",
@@ -100,8 +103,11 @@ class Metrics:
         self.adapter_info = Gauge(
             "credence_adapter_info", "Served adapters (always 1).", ["adapter", "method", "digest8"], registry=registry
         )
-        for name, method, digest in adapters:
-            self.adapter_info.labels(name, method, digest.removeprefix("sha256:")[:8]).set(1)
+        self.adapter_integrity_failures = Counter(
+            "credence_adapter_integrity_failures", "Artifacts refused by verification.", ["reason"], registry=registry
+        )
+        for reason in get_args(ArtifactReason):
+            self.adapter_integrity_failures.labels(reason)
         self.degraded_requests = Counter(
             "credence_degraded_requests", "Answers with fewer samples than asked for.", ["reason"], registry=registry
         )
@@ -132,11 +138,27 @@ class Metrics:
         self.flagged = Counter(
             "credence_flagged", "Answers below the request's threshold.", ["adapter"], registry=registry
         )
-        for name in names:
-            self.confidence.labels(name)
-            self.epistemic_nats.labels(name)
-            self.flagged.labels(name)
         for result in ("hit", "miss"):
             self.sample_cache_requests.labels(result)
         for result in ("ok", "refused"):
             self.adapter_loads.labels(result)
+        for name, method, digest in adapters:
+            self.serve(name, method, digest)
+
+    def serve(self, name: str, method: str, digest: str) -> None:
+        """Starts the series of a served name, or moves them to another artifact."""
+        self._forget_info(name)
+        self._info[name] = (name, method, digest.removeprefix("sha256:")[:8])
+        self.adapter_info.labels(*self._info[name]).set(1)
+        for metric in (self.confidence, self.epistemic_nats, self.flagged):
+            metric.labels(name)
+
+    def withdraw(self, name: str) -> None:
+        """Ends the series of a name that is served no longer."""
+        self._forget_info(name)
+        for metric in (self.confidence, self.epistemic_nats, self.flagged):
+            metric.remove(name)
+
+    def _forget_info(self, name: str) -> None:
+        if name in self._info:
+            self.adapter_info.remove(*self._info.pop(name))

@@ -149,6 +149,18 @@ class SampleSlots:
             if ref in self._slots and not self._leases.get(ref):
                 self._names.append(self._slots.pop(ref).name)
 
+    def forget(self, digest: str) -> list[Slot]:
+        """Empties the idle slots of an artifact's samples and unpins them.
+
+        Returns:
+            Their slots (tell the engine to forget their ids).
+        """
+        self._pinned = {ref for ref in self._pinned if ref.digest != digest}
+        gone = [ref for ref in self._slots if ref.digest == digest and not self._leases.get(ref)]
+        slots = [self._slots.pop(ref) for ref in gone]
+        self._names.extend(slot.name for slot in slots)
+        return slots
+
     def resident(self) -> list[SampleRef]:
         """The samples that hold a slot, least recently used first."""
         return list(self._slots)

@@ -14,6 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -29,20 +30,36 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMError
-from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from credence.adapters import load_artifact
+from credence.serve import admin
+from credence.serve.adapter_folder import AdapterFolder
+from credence.serve.adapter_registry import AdapterRegistry
 from credence.serve.config import ServeConfig, from_environment
 from credence.serve.engine import EngineLimits
 from credence.serve.ensemble import EnsembleService, Plan, ServedAdapter
-from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, NotFound, ServeError, Unavailable
+from credence.serve.errors import (
+    ArtifactRefused,
+    BadRequest,
+    ConfigurationError,
+    EnsembleFailed,
+    NotFound,
+    ServeError,
+    Unavailable,
+)
 from credence.serve.facts import CURRENT
 from credence.serve.gate import Answer, EventStream, Gate, Scope
+from credence.serve.in_flight import InFlight
 from credence.serve.metrics import Metrics
 from credence.serve.routes import SCORE_PATH
 from credence.serve.schemas import Uncertainty, UncertaintyOptions
-from credence.serve.vllm_plugin.engine_client import CURRENT_RUN, EnsembleClient, GangRunner, VllmSampleEngine
+from credence.serve.vllm_plugin.engine_client import (
+    CURRENT_RUN,
+    EnsembleClient,
+    GangRunner,
+    VllmMeans,
+    VllmSampleEngine,
+)
 from credence.serve.vllm_plugin.modes import LABELS_AT_ONCE, Run
 from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler, gang_scheduler
 from credence.serve.vllm_plugin.stream import AnswerStream
@@ -51,6 +68,9 @@ from credence.serve.vllm_plugin.text import continuation
 logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
+
+_PROBED: ContextVar[ServedAdapter | None] = ContextVar("credence_probed", default=None)
+"""An adapter that is being tried before it is served."""
 
 # Fields that would change what the average means or that an ensemble cannot carry, with their harmless values.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -94,6 +114,12 @@ class CredenceEndpointPlugin:
             return JSONResponse({"status": problem or "ready"}, status_code=503 if problem else 200)
 
         app.include_router(router)
+        app.include_router(
+            admin.router(
+                lambda request: request.app.state.credence.registry,
+                lambda request: request.app.state.credence.config.adapter_roots,
+            )
+        )
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Loads the adapters, draws their resident samples and opens the gate.
@@ -105,9 +131,9 @@ class CredenceEndpointPlugin:
             raise ConfigurationError("credence needs an engine; it cannot run in vLLM's render-only server")
         check_engine(engine_client, args)
         backend = await VllmBackend.create(engine_client, state, args, from_environment())
-        await backend.canary()
         watch_shutdown(engine_client, backend)
         state.credence = backend
+        backend.follow_folder()
 
 
 def check_engine(engine_client: EngineClient, args: Namespace) -> None:
@@ -147,6 +173,8 @@ class VllmBackend:
         engine_client: EngineClient,
         state: State,
         service: EnsembleService,
+        adapters: dict[str, ServedAdapter],
+        lora_ids: "itertools.count[int]",
         config: ServeConfig,
         api_keys: tuple[str, ...],
     ) -> None:
@@ -156,16 +184,33 @@ class VllmBackend:
         self.max_body_bytes = config.max_body_bytes
         self.api_keys = api_keys
         self.engine_client = engine_client
+        self.config = config
+        self.in_flight = InFlight()
         self._service = service
         self._models = state.openai_serving_models
         # The copies share everything with vLLM's handlers but the engine client.
         self._completions = copy.copy(state.openai_serving_completion)
         self._chat = copy.copy(state.openai_serving_chat)
-        self._completions.engine_client = self._chat.engine_client = EnsembleClient(engine_client)
+        for handler in (self._completions, self._chat):
+            handler.engine_client = EnsembleClient(engine_client)
+            # The plan has looked the model up; vLLM would look again, and the name may have moved to another artifact in between.
+            handler._check_model = _known
+            handler._maybe_get_adapters = _planned_mean
         self._tokenizer = self._completions.renderer.tokenizer
         # credence.serve.vllm_plugin.scoring hooks the first model runner alone.
         self._can_score = not engine_client.vllm_config.use_v2_model_runner
         self._max_logprobs = int(self._completions.model_config.max_logprobs)
+        self._means = VllmMeans(engine_client, state.openai_serving_models)
+        self.registry = AdapterRegistry(
+            config=config,
+            service=service,
+            adapters=adapters,
+            engine=self._means,
+            in_flight=self.in_flight,
+            lora_ids=lora_ids,
+            canary=self.canary,
+        )
+        self._background: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def create(
@@ -180,25 +225,9 @@ class VllmBackend:
                     if config.merged
                     else f"--adapter {name}: the server already has a model of this name"
                 )
-        adapters = {
-            name: ServedAdapter(name=name, artifact=load_artifact(Path(path)), merged=config.merged)
-            for name, path in config.adapters.items()
-        }
-        metrics = Metrics(REGISTRY, [(a.name, a.artifact.config.method, a.artifact.digest) for a in adapters.values()])
+        adapters: dict[str, ServedAdapter] = {}
+        metrics = Metrics(REGISTRY, [])
         lora_ids = itertools.count(1_000_001)  # vLLM counts its own adapters from 1
-        for adapter in adapters.values() if not config.merged else ():
-            start = time.perf_counter()
-            request = LoRARequest(
-                lora_name=adapter.name, lora_int_id=next(lora_ids), lora_path=str(adapter.artifact.path)
-            )
-            try:
-                await engine_client.add_lora(request)
-            except Exception as error:
-                metrics.adapter_loads.labels("refused").inc()
-                raise ConfigurationError(f"adapter {adapter.name} does not load into this model: {error}") from error
-            served.lora_requests[adapter.name] = request
-            metrics.adapter_loads.labels("ok").inc()
-            metrics.adapter_load_seconds.observe(time.perf_counter() - start)
         vllm_config = engine_client.vllm_config
         service = EnsembleService(
             config=config,
@@ -209,31 +238,65 @@ class VllmBackend:
                 max_loras=vllm_config.lora_config.max_loras,
                 num_kv_blocks=vllm_config.cache_config.num_gpu_blocks,
                 block_size=vllm_config.cache_config.block_size,
+                max_lora_rank=vllm_config.lora_config.max_lora_rank,
+                lora_modules=frozenset(vllm_config.lora_config.target_modules or ()) or None,
             ),
             metrics=metrics,
             lora_ids=lora_ids,
         )
-        await service.warm_up()
         metrics.engine_up.set_function(lambda: 0.0 if engine_client.errored else 1.0)
-        keys = tuple(key for key in (args.api_key or [envs.VLLM_API_KEY]) if key)
-        return cls(engine_client=engine_client, state=state, service=service, config=config, api_keys=keys)
+        backend = cls(
+            engine_client=engine_client,
+            state=state,
+            service=service,
+            adapters=adapters,
+            lora_ids=lora_ids,
+            config=config,
+            api_keys=tuple(key for key in (args.api_key or [envs.VLLM_API_KEY]) if key),
+        )
+        for name, path in config.adapters.items():
+            try:
+                await backend.registry.start(name, Path(path))
+            except ServeError as error:
+                raise ConfigurationError(f"--adapter {name}: {error.message}") from error
+        return backend
 
-    async def canary(self) -> None:
-        """Asks every adapter for one averaged token through the whole path.
+    async def canary(self, adapter: ServedAdapter) -> None:
+        """Asks an adapter, served or not, for one averaged token through the whole path.
 
         Raises:
-            ConfigurationError: an answer did not come out whole, e.g. because vLLM did not load the logits processor.
+            ArtifactRefused: an answer did not come out whole, e.g. because vLLM did not load the logits processor.
         """
-        for name in self._service.adapters:
-            body = {"model": name, "prompt": [0, 0], "max_tokens": 1, "temperature": 0.0, "add_special_tokens": False}
-            scope = {"type": "http", "headers": [], "state": {}}
-            try:
-                await self.answer("/v1/completions", body, UncertaintyOptions(), scope)
-                if self._can_score:
-                    text = {"model": name, "prompt": [0], "completion": [0]}
-                    await self.answer(SCORE_PATH, text, UncertaintyOptions(mode="score"), scope)
-            except ServeError as error:
-                raise ConfigurationError(f"the engine does not answer for adapter {name}: {error.message}") from error
+        body = {
+            "model": adapter.name,
+            "prompt": [0, 0],
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "add_special_tokens": False,
+        }
+        scope = {"type": "http", "headers": [], "state": {}}
+        CURRENT.set(None)
+        probed = _PROBED.set(adapter)
+        try:
+            await self.answer("/v1/completions", body, UncertaintyOptions(), scope)
+            if self._can_score:
+                text = {"model": adapter.name, "prompt": [0], "completion": [0]}
+                await self.answer(SCORE_PATH, text, UncertaintyOptions(mode="score"), scope)
+        except Unavailable:
+            raise
+        except ServeError as error:
+            raise ArtifactRefused(
+                f"the engine does not answer for adapter {adapter.name}: {error.message}", code="engine"
+            ) from error
+        finally:
+            _PROBED.reset(probed)
+
+    def follow_folder(self) -> None:
+        """Starts to watch the adapter folder, if there is one."""
+        if self.config.adapter_dir is not None:
+            folder = AdapterFolder(Path(self.config.adapter_dir), self.registry, self.config.adapters)
+            task = asyncio.create_task(folder.run())
+            self._background.add(task)
 
     def problem(self) -> str | None:
         """Why the server should get no traffic, or None."""
@@ -244,12 +307,18 @@ class VllmBackend:
     async def models(self) -> dict[str, Any]:
         """vLLM's model list, with the posterior of each adapter."""
         listing: dict[str, Any] = (await self._models.show_available_models()).model_dump()
-        for card in listing["data"]:
+        cards = listing["data"]
+        if not self.config.merged:
+            # vLLM names its LoRAs, several names of one artifact among them, in its own way.
+            base = len(self._models.base_model_paths)
+            template, cards = cards[-1], cards[:base]
+            cards += [{**template, "id": name, "parent": cards[0]["id"]} for name in self._service.adapters]
+        for card in cards:
             adapter = self._service.adapters.get(card["id"])
             if adapter is not None:
                 card["root"] = adapter.name
                 card["posterior"] = self._posterior(adapter)
-        return listing
+        return {**listing, "data": cards}
 
     def _posterior(self, adapter: ServedAdapter) -> dict[str, Any]:
         config, default = adapter.artifact.config, self._service.default_samples(adapter)
@@ -280,7 +349,7 @@ class VllmBackend:
         handler = self._chat if chat else self._completions
         create = handler.create_chat_completion if chat else handler.create_completion
         request = _parse(ChatCompletionRequest if chat else CompletionRequest, body)
-        plan = await self._plan(request, options)
+        plan = self._plan(request, options)
         async with AsyncExitStack() as stack:
             run = await self._run(stack, plan, _num_sequences(request, options))
             if request.seed is not None:
@@ -311,13 +380,13 @@ class VllmBackend:
         if given.messages is not None:
             fields = {"model": given.model, "messages": given.messages[:-1]}
             request = _parse(ChatCompletionRequest, fields)
-            plan = await self._plan(request, options)
+            plan = self._plan(request, options)
             rendered = await self._chat.render_chat_request(request)
             inputs = rendered if isinstance(rendered, ErrorResponse) else rendered[1]
             text: str | list[int] = given.messages[-1]["content"]
         else:
             request = _parse(CompletionRequest, {"model": given.model, "prompt": given.prompt, "max_tokens": 1})
-            plan = await self._plan(request, options)
+            plan = self._plan(request, options)
             inputs = await self._completions.render_completion_request(request)
             assert given.completion is not None
             text = given.completion
@@ -362,10 +431,19 @@ class VllmBackend:
                 param="completion",
             )
 
-    async def _plan(self, request: Any, options: UncertaintyOptions) -> Plan:
-        if await self._completions._check_model(request) is not None:
-            known = ", ".join(sorted(self._service.adapters))
-            raise NotFound(f"model {request.model!r} does not exist; adapters with a posterior: {known}", param="model")
+    def _plan(self, request: Any, options: UncertaintyOptions) -> Plan:
+        probed = _PROBED.get()
+        if probed is not None and request.model == probed.name:
+            return self._service.plan_for(probed, options)
+        facts = CURRENT.get()
+        if facts is not None:
+            facts.model = request.model
+        known = request.model in self._service.adapters
+        if request.model and not known and not self._means.reserved(request.model):
+            served = ", ".join(sorted(self._service.adapters))
+            raise NotFound(
+                f"model {request.model!r} does not exist; adapters with a posterior: {served}", param="model"
+            )
         return self._service.plan(request.model, options)
 
     async def _run(self, stack: AsyncExitStack, plan: Plan, sequences: int) -> Run:
@@ -448,6 +526,14 @@ def _parse(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
         if value is not None and value < 1:
             raise BadRequest(f"{field} must be 1 or more with uncertainty, got {value}", param=field)
     return request
+
+
+async def _known(request: Any) -> None:
+    return None
+
+
+def _planned_mean(request: Any, supports_default_mm_loras: bool = False) -> Any:
+    return CURRENT_RUN.get().plan.adapter.mean
 
 
 def _num_sequences(request: Any, options: UncertaintyOptions) -> int:

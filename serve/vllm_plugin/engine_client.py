@@ -19,15 +19,22 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from credence.adapters import Artifact
 from credence.serve.config import TOKEN_VARIABLE
 from credence.serve.engine import SampleLoadError
-from credence.serve.ensemble import Ensemble, Gang
+from credence.serve.ensemble import Ensemble, Gang, Plan
 from credence.serve.errors import EnsembleFailed
+from credence.serve.facts import CURRENT
 from credence.serve.samples import Slot
 
 
 class Run(Protocol):
     """Answers one uncertainty request; see credence.serve.vllm_plugin.modes."""
+
+    @property
+    def plan(self) -> Plan:
+        """The request's plan."""
+        ...
 
     def generate(
         self, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]
@@ -75,6 +82,64 @@ class VllmSampleEngine:
     async def unload(self, lora_id: int) -> None:
         """Forgets the sample."""
         await self._client.remove_lora(lora_id)
+
+
+class VllmMeans:
+    """Mean adapters of vLLM (see credence.serve.adapter_registry.MeanEngine).
+
+    Args:
+        models: vLLM's table of served models.
+    """
+
+    def __init__(self, client: EngineClient, models: Any) -> None:
+        self._client = client
+        self._models = models
+        self._published: set[str] = set()
+        # vLLM puts its own name of the LoRA into answers; callers know the served name.
+        models.model_name = self._model_name
+
+    def reserved(self, name: str) -> bool:
+        """Whether vLLM serves something else under this name."""
+        return self._models.registry.is_base_model(name) or (
+            name in self._models.lora_requests and name not in self._published
+        )
+
+    async def load(self, name: str, lora_id: int, artifact: Artifact) -> LoRARequest:
+        """Loads the mean.
+
+        vLLM takes two LoRAs of one name for the same, so the name has the content in it: while a served name moves, both are in one batch.
+        """
+        digest = artifact.digest.removeprefix("sha256:")[:8]
+        request = LoRARequest(lora_name=f"{name}@{digest}", lora_int_id=lora_id, lora_path=str(artifact.path))
+        try:
+            loaded = await self._client.add_lora(request)
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            raise SampleLoadError(str(error)) from error
+        if not loaded:
+            raise SampleLoadError("vLLM refused the mean adapter")
+        return request
+
+    async def unload(self, mean: LoRARequest) -> None:
+        """Forgets the mean."""
+        await self._client.remove_lora(mean.lora_int_id)
+
+    def publish(self, name: str, mean: LoRARequest) -> None:
+        """Makes requests without uncertainty for ``name`` go to ``mean``."""
+        self._published.add(name)
+        self._models.lora_requests[name] = mean
+
+    def withdraw(self, name: str) -> None:
+        """Makes ``name`` unknown to vLLM."""
+        self._published.discard(name)
+        self._models.lora_requests.pop(name, None)
+
+    def _model_name(self, lora_request: LoRARequest | None = None) -> str:
+        if lora_request is None:
+            return str(self._models.base_model_paths[0].name)
+        facts = CURRENT.get()
+        return (facts and facts.model) or lora_request.lora_name.partition("@")[0]
 
 
 def lora_request_of(slot: Slot) -> LoRARequest:

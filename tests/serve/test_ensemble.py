@@ -168,7 +168,8 @@ def test_a_gang_that_could_never_run_is_refused(adapters: dict[str, Artifact], t
 
 def test_samples_are_drawn_once_and_leases_end(world: World) -> None:
     async def scenario() -> None:
-        await world.service.warm_up()
+        for adapter in world.service.adapters.values():
+            await world.service.make_resident(adapter)
         assert world.engine.loads == 13, "four samples, and the mean of the adapter without posterior"
         for _ in range(3):
             async with world.service.ensemble(world.plan()) as ensemble:
@@ -206,7 +207,8 @@ def test_many_adapters_share_few_slots(adapters: dict[str, Artifact], tmp_path: 
     world = World(adapters, tmp_path, sample_slots=8)
 
     async def scenario() -> None:
-        await world.service.warm_up()
+        for adapter in world.service.adapters.values():
+            await world.service.make_resident(adapter)
         for turn in range(12):
             name = ("triage", "labels", "choices", "map")[turn % 4]
             async with world.service.ensemble(world.plan(name)) as ensemble:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from credence.serve.errors import BadRequest, ServeError, Unavailable
 from credence.serve.gate import Answer, EventStream, Gate, Scope
+from credence.serve.in_flight import InFlight
 from credence.serve.metrics import Metrics
 from credence.serve.schemas import UncertaintyOptions
 
@@ -28,6 +29,7 @@ class FakeBackend:
         self.draining = False
         self.max_body_bytes = 4096
         self.api_keys: tuple[str, ...] = ()
+        self.in_flight = InFlight()
         self.calls: list[tuple[dict[str, Any], UncertaintyOptions]] = []
         self.failure: Exception | None = None
         self.delay_s = 0.0
