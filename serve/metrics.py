@@ -11,7 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 K_VALUES = (0, 1, 2, 4, 8, 16, 32)
 OUTCOMES = ("ok", "client_error", "server_error", "disconnected")
 REJECTIONS = (
-    "bad_request", "unknown_model", "unknown_route", "too_large", "overload", "draining", "sample_failed", "internal",
+    "bad_request", "unauthorized", "forbidden", "unknown_model", "unknown_route", "too_large", "rate_limit", "overload", "draining",
+    "sample_failed", "internal",
 )  # fmt: skip
 LATENCY_BUCKETS_S = (
     0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.4, 0.6, 1, 1.5, 2.5, 4, 6, 10, 15, 25, 40, 60, 120, 300,
@@ -113,6 +114,9 @@ class Metrics:
             self.rejections.labels(reason)
         self.client_disconnects = Counter(
             "credence_client_disconnects", "Clients that went away before their answer.", registry=registry
+        )
+        self.audit_failures = Counter(
+            "credence_audit_failures", "Lines of the audit log that could not be written.", registry=registry
         )
         self.engine_up = Gauge("credence_engine_up", "1 while the engine answers.", registry=registry)
         self.confidence = Histogram(

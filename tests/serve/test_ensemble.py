@@ -120,7 +120,7 @@ def test_an_ensemble_answers_with_every_member_and_no_more(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("model", "options", "param", "said"),
     [
-        ("base", {}, "model", "models with one: choices, labels, map, triage"),
+        ("base", {}, "model", "GET /v1/models lists those with one"),
         ("triage", {"n_samples": 9}, "uncertainty.n_samples", "1 to 8 for triage, got 9"),
         ("map", {"n_samples": 2}, "uncertainty.n_samples", "no posterior"),
         ("triage", {"n_samples": 2, "min_samples": 3}, "uncertainty.min_samples", "at most n_samples = 2"),
