@@ -16,6 +16,7 @@ import secrets
 import stat
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,6 +105,21 @@ def hash_of(token: str) -> str:
 def plain_key(token: str, *, name: str, admin: bool = False) -> KeyRecord:
     """Record of a key that was given without one: it may do everything its routes offer."""
     return KeyRecord(name=name, hash=hash_of(token), return_samples=True, admin=admin)
+
+
+def take_vllm_keys(args: Namespace) -> list[str]:
+    """Takes vLLM's own keys out of its arguments and its environment.
+
+    Args:
+        args: vLLM's; ``--api-key`` goes before ``VLLM_API_KEY``, as in vLLM.
+
+    Returns:
+        Their hashes.
+    """
+    from_environment = os.environ.pop("VLLM_API_KEY", None)
+    given = args.api_key or [from_environment]
+    args.api_key = None
+    return [hash_of(key) for key in given if key]
 
 
 def read_keys(path: Path, *, admin: bool = False) -> tuple[KeyRecord, ...]:

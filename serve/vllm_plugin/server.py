@@ -5,7 +5,6 @@ its engine process dies, its server ends with exit code 0. Both are put right he
 """
 
 import logging
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -24,7 +23,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from credence.serve.config import from_environment
 from credence.serve.ensemble import check_limits
 from credence.serve.errors import ConfigurationError
-from credence.serve.keys import hash_of
+from credence.serve.keys import take_vllm_keys
 from credence.serve.vllm_plugin import endpoint, general, logits_processor
 from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler, gang_scheduler
 
@@ -58,7 +57,8 @@ def run(argv: Sequence[str]) -> int:
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     check_arguments(args)
-    take_api_keys(args)
+    # vLLM's own door stands before ours, knows no key file, and leaves open what does not begin with /v1.
+    args.credence_key_hashes = take_vllm_keys(args)
     states: list[State] = []
     entry.init_app_state = _checked(entry.init_app_state, states)
     uvloop.run(entry.run_server(args))
@@ -79,17 +79,6 @@ def check_arguments(args: Namespace) -> None:
         raise ConfigurationError(
             f"--scheduler-cls {args.scheduler_cls} would not keep the members of an ensemble together; leave the flag out"
         )
-
-
-def take_api_keys(args: Namespace) -> None:
-    """Moves vLLM's own keys (``--api-key``, ``VLLM_API_KEY``) to our door, as hashes.
-
-    vLLM's door stands before ours, does not know the keys of our files, and leaves open what does not begin with /v1.
-    """
-    given = args.api_key or [os.environ.pop("VLLM_API_KEY", None)]
-    os.environ.pop("VLLM_API_KEY", None)
-    args.api_key = None
-    args.credence_key_hashes = [hash_of(key) for key in given if key]
 
 
 def check_entry_points() -> None:

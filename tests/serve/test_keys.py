@@ -1,11 +1,23 @@
 """Key files: what is accepted, and how they change under a running server."""
 
+import os
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from credence.serve.errors import ConfigurationError
-from credence.serve.keys import KeyRecord, KeyRing, KeyTable, hash_of, new_token, plain_key, read_keys, write_table
+from credence.serve.keys import (
+    KeyRecord,
+    KeyRing,
+    KeyTable,
+    hash_of,
+    new_token,
+    plain_key,
+    read_keys,
+    take_vllm_keys,
+    write_table,
+)
 
 
 class Clock:
@@ -180,3 +192,18 @@ def test_a_clock_that_goes_back_is_harmless(tmp_path: Path) -> None:
     ring = KeyRing(write(tmp_path / "key", "old"), clock=clock)
     clock.now_s -= 1000
     assert ring.find("old") is not None
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "taken"),
+    [(None, None, []), (["a", "b", ""], "c", ["a", "b"]), (None, "c", ["c"]), ([], "c", ["c"]), (None, "", [])],
+)
+def test_vllms_own_keys_are_taken_from_it(
+    monkeypatch: pytest.MonkeyPatch, flag: list[str] | None, variable: str | None, taken: list[str]
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("VLLM_API_KEY", variable)
+    args = Namespace(api_key=flag)
+    assert take_vllm_keys(args) == [hash_of(key) for key in taken]
+    assert args.api_key is None and "VLLM_API_KEY" not in os.environ
