@@ -1,6 +1,8 @@
 """Bodies and their limits: nothing a client can send gets further than a 400, and what is let through is what was sent."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,3 +206,9 @@ def test_labels_have_a_length() -> None:
     check_labels(["a" * 4096, "b"], LIMITS)
     with pytest.raises(BadRequest, match="4097"):
         check_labels(["a" * 4097], LIMITS)
+
+
+def test_the_documented_limits_are_the_limits() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    table = {name: int(value) for name, value in re.findall(r"^\| `(\w+)` \| (\d+) \|", text, re.MULTILINE)}
+    assert table == LIMITS.model_dump()
