@@ -151,19 +151,20 @@ class GangRunner:
     """Runs the gangs of one request; at the end of the request, none of their members is left in the engine.
 
     Args:
-        options: what vLLM's handler passes to ``generate`` beside the prompt (priority, trace headers, ...), without ``lora_request``.
+        cache_salt: of the prefix cache, for texts that are read; a prompt that is generated from carries its own.
     """
 
-    def __init__(self, client: EngineClient, ensemble: Ensemble) -> None:
+    def __init__(self, client: EngineClient, ensemble: Ensemble, cache_salt: str | None = None) -> None:
         self.client = client
         self._ensemble = ensemble
+        self._cache_salt = cache_salt
 
     async def score(self, gang: Gang, request_id: str, options: dict[str, Any]) -> None:
         """Runs a scoring gang to its end; raises what its members raise."""
         params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        prompt = tokens_input(gang.prompt_token_ids)
+        prompt = tokens_input(gang.prompt_token_ids, cache_salt=self._cache_salt)
         async for _ in self.stream(gang, prompt, params, request_id, options):
             pass
 
