@@ -172,10 +172,12 @@ class AdapterRegistry:
             try:
                 artifact = await self._verify(folder)
                 await self._serve(name, artifact, alias_of=None)
-            except ServeError as error:
+            except Exception as error:
                 self.metrics.adapter_loads.labels("refused").inc()
                 if name not in self._served:
-                    self._failed[name] = error.message
+                    self._failed[name] = (
+                        error.message if isinstance(error, ServeError) else f"internal: {type(error).__name__}"
+                    )
                 raise
             finally:
                 self._loading = None
@@ -279,7 +281,7 @@ class AdapterRegistry:
             self._engine.publish(name, loaded.mean)
         self.metrics.serve(name, artifact.config.method, artifact.digest)
         if before is not None and before.loaded is not loaded:
-            self._release(name, before.loaded, DEFAULT_DRAIN_S)
+            self._release(name, before.loaded, None)
 
     async def _into_engine(self, name: str, artifact: Artifact) -> Loaded:
         in_use = sum(bool(loaded.names) for loaded in self._loaded.values())
@@ -296,20 +298,24 @@ class AdapterRegistry:
             adapter = ServedAdapter(name=name, artifact=artifact, merged=self._config.merged, mean=mean)
             await self._service.make_resident(adapter)
             await self._canary(adapter)
-        except (SampleLoadError, ServeError) as error:
-            await self._service.forget(artifact.digest)
-            if mean is not None:
-                await self._engine.unload(mean)
-            self._delete(artifact)
-            if isinstance(error, ServeError) and error.status != 500:
-                raise
-            raise ArtifactRefused(f"adapter {name} does not load into this model: {error}", code="engine") from error
+        except Exception as error:
+            try:
+                await self._service.forget(artifact.digest)
+                if mean is not None:
+                    await self._engine.unload(mean)
+            finally:
+                self._delete(artifact)
+            if isinstance(error, SampleLoadError) or (isinstance(error, ServeError) and error.status == 500):
+                raise ArtifactRefused(
+                    f"adapter {name} does not load into this model: {error}", code="engine"
+                ) from error
+            raise
         loaded = Loaded(artifact=artifact, mean=mean)
         self._loaded[artifact.digest] = loaded
         return loaded
 
-    def _release(self, name: str, loaded: Loaded, drain_s: float) -> None:
-        """A name leaves an artifact; the last one lets it drain."""
+    def _release(self, name: str, loaded: Loaded, drain_s: float | None) -> None:
+        """A name leaves an artifact; the last one lets it drain. ``drain_s`` None: however long its requests run."""
         loaded.names.discard(name)
         if loaded.names:
             return
@@ -320,7 +326,7 @@ class AdapterRegistry:
         self._retirements.add(retirement)
         retirement.add_done_callback(self._retirements.discard)
 
-    async def _retire(self, loaded: Loaded, name: str, snapshot: Snapshot, drain_s: float) -> None:
+    async def _retire(self, loaded: Loaded, name: str, snapshot: Snapshot, drain_s: float | None) -> None:
         release = loaded.releases
         ended = asyncio.ensure_future(snapshot.ended())
         await asyncio.wait({ended}, timeout=drain_s)

@@ -57,6 +57,7 @@ def main(
     try:
         merged = is_merged(base)
         dtype: str | None = None
+        found: dict[str, str] = {}
         if merged:
             stored, rank, modules, dtype = verify_merged(base, adapters, state / "artifacts", extra_args)
         else:
@@ -72,6 +73,7 @@ def main(
             or room_for_adapters(len(stored), bool(adapter_roots or adapter_dir) and not merged),
             adapter_roots=tuple(adapter_roots),
             adapter_dir=adapter_dir,
+            adapters_of_dir=tuple(sorted(found.keys() - adapters.keys())),
             state_dir=str(state),
             stats_dir=str(stats),
         )
