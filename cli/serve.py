@@ -34,6 +34,15 @@ def serve(
             show_default="every adapter's default samples and one request of the largest K",
         ),
     ] = None,
+    trust: Annotated[
+        Path | None,
+        typer.Option(
+            "--trust",
+            envvar="CREDENCE_TRUST",
+            help="File of public keys, one of which must have signed what is served.",
+            show_default="signatures are not required",
+        ),
+    ] = None,
 ) -> int:
     """Serve adapters with their uncertainty.
 
@@ -67,6 +76,7 @@ def serve(
         default_samples=default_samples,
         max_samples=max_samples,
         sample_slots=sample_slots,
+        trust=None if trust is None else str(trust),
     )
 
 

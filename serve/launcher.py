@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from credence.adapters import Artifact, ArtifactError, is_merged, load_artifact, load_merged
+from credence.adapters import Artifact, ArtifactError, KeyFileError, TrustRoot, is_merged, load_artifact, load_merged
 from credence.serve.config import ADAPTER_NAME, CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from credence.serve.errors import ConfigurationError
 
@@ -25,6 +25,7 @@ def main(
     default_samples: int = 8,
     max_samples: int = 32,
     sample_slots: int | None = None,
+    trust: str | None = None,
 ) -> int:
     """Serves ``base`` with Bayesian adapters until a signal.
 
@@ -35,6 +36,7 @@ def main(
         extra_args: any flags of vLLM's server.
         default_samples, max_samples: K when a request does not say, and the largest K.
         sample_slots: samples that the workers keep; at least ``max_samples``.
+        trust: file of public keys; an artifact, or a merged model, must be signed by one of them.
 
     Returns:
         The process's exit code.
@@ -45,18 +47,20 @@ def main(
     state = Path(tempfile.mkdtemp(prefix="credence-serve-"))
     stats = Path(tempfile.mkdtemp(prefix="credence-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else state))
     try:
+        trusted = trust_root(trust)
         merged = is_merged(base)
         dtype: str | None = None
         if merged:
-            stored, rank, modules, dtype = verify_merged(base, adapters, state / "artifacts", extra_args)
+            stored, rank, modules, dtype = verify_merged(base, adapters, state / "artifacts", extra_args, trusted)
         else:
-            stored, rank, modules = verify(adapters, state / "artifacts")
+            stored, rank, modules = verify(adapters, state / "artifacts", trusted)
         config = ServeConfig(
             adapters=stored,
             merged=merged,
             default_samples=min(default_samples, max_samples),
             max_samples=max_samples,
             sample_slots=sample_slots,
+            trust=None if trust is None else str(Path(trust).resolve()),
             state_dir=str(state),
             stats_dir=str(stats),
         )
@@ -79,8 +83,22 @@ def main(
         shutil.rmtree(state, ignore_errors=True)
 
 
-def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], int, list[str]]:
-    """Verifies every artifact and copies it to the server's private store.
+def trust_root(path: str | None) -> TrustRoot | None:
+    """Reads the trust file, if there is one.
+
+    Raises:
+        ConfigurationError: it cannot be used; the message says why.
+    """
+    try:
+        return None if path is None else TrustRoot.load(path)
+    except KeyFileError as error:
+        raise ConfigurationError(f"--trust: {error}") from error
+
+
+def verify(
+    adapters: Mapping[str, str], store: Path, trust: TrustRoot | None = None
+) -> tuple[dict[str, str], int, list[str]]:
+    """Verifies every artifact, its signature too where there is a trust root, and copies it to the server's private store.
 
     Returns:
         Folder of the copy by name, the largest rank, and the union of the adapted modules' last names.
@@ -97,7 +115,7 @@ def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], in
         if not ADAPTER_NAME.match(name):
             raise ConfigurationError(f"--adapter: the name {name!r} must match {ADAPTER_NAME.pattern}")
         try:
-            artifact = load_artifact(path, store=store)
+            artifact = load_artifact(path, store=store, trust=trust)
         except ArtifactError as error:
             raise ConfigurationError(f"--adapter {name}={path} is refused ({error.reason}): {error}") from error
         if artifact.head:
@@ -112,7 +130,7 @@ def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], in
 
 
 def verify_merged(
-    base: str, adapters: Mapping[str, str], store: Path, given: Sequence[str]
+    base: str, adapters: Mapping[str, str], store: Path, given: Sequence[str], trust: TrustRoot | None = None
 ) -> tuple[dict[str, str], int, list[str], str]:
     """Verifies a merged model, its weights too, and copies its artifact to the server's private store.
 
@@ -137,7 +155,7 @@ def verify_merged(
             f"--served-model-name {' '.join(names)}: a merged model has one name, and it must match {ADAPTER_NAME.pattern}"
         )
     try:
-        model = load_merged(base, store=store)
+        model = load_merged(base, store=store, trust=trust)
     except ArtifactError as error:
         raise ConfigurationError(f"the merged model {base} is refused ({error.reason}): {error}") from error
     stored = {names[0] if names else model.name: str(model.artifact.path)}

@@ -217,10 +217,27 @@ def test_equal_content_has_an_equal_digest_and_any_change_another(tmp_path: Path
 def test_unlisted_files_are_ignored_and_not_kept(folder: Path) -> None:
     """An editor's backup or a Git folder beside the files is no part of the artifact."""
     before = load_artifact(folder).digest
-    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"w": 1}))
+    (folder / "README.md~").write_bytes(b"# An older card")
+    (folder / ".git").mkdir()
+    (folder / "signature.json").write_text("{}")
     artifact = load_artifact(folder, store=folder.parent / "store")
     assert artifact.digest == before
     assert sorted(path.name for path in artifact.path.iterdir()) == sorted([*EVERY_FILE, "manifest.json"])
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "training_args.PT", "model.safetensors", "modeling.py"])
+def test_unlisted_files_that_some_tool_would_load_are_refused(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"")
+    refused(folder, "unsupported", f"holds {name}, which manifest.json does not list")
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "metrics.json", "config.yaml"])
+def test_a_known_file_that_the_manifest_does_not_list_is_refused(folder: Path, name: str) -> None:
+    """Whoever looks into the folder would think that it counts."""
+    document = json.loads((folder / "manifest.json").read_text())
+    del document["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(document))
+    refused(folder, "unsupported", f"holds {name}, which manifest.json does not list")
 
 
 HEAD = {"classifier.dense.weight": torch.eye(3), "classifier.dense.bias": torch.ones(3)}
@@ -570,7 +587,7 @@ def test_a_module_may_be_deterministic_beside_others(tmp_path: Path, kind: str) 
         ({"dof": -1.0}, "malformed", "dof=-1.0"),
         ({"floor": -1.0}, "malformed", "floor=-1.0"),
         ({"sigma": 1.0}, "malformed", "kind row needs the tensors rho and beta and the settings"),
-        ({"epsilon": float("nan")}, "malformed", "posterior.json: settings.epsilon"),
+        ({"epsilon": float("nan")}, "malformed", "posterior.json is not JSON: NaN is no number of JSON"),
         ({"epsilon": "large"}, "malformed", "posterior.json: settings.epsilon"),
     ],
 )
