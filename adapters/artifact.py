@@ -57,6 +57,7 @@ from credence.adapters.files import (
     replacing_folder,
 )
 from credence.adapters.kinds import KINDS, EnsemblePosterior, PointPosterior
+from credence.adapters.kinds.ensemble import PREFIX as MEMBER_PREFIX
 from credence.adapters.peft_folder import (
     DEFAULT_MAX_BYTES,
     PEFT_PREFIX,
@@ -203,6 +204,8 @@ def load_artifact(
     _check_targets(config.target_modules, mean, folder / POSTERIOR_CONFIG)
     posteriors = _posteriors(posterior_tensors, config, mean, folder / POSTERIOR_TENSORS)
     head = _head(contents, manifest, adapter_config, folder)
+    if CARD in contents:
+        _text(contents[CARD], folder / CARD)
     run_config = _text(contents[RUN_CONFIG], folder / RUN_CONFIG) if RUN_CONFIG in contents else None
     kept = folder
     if store is not None:
@@ -433,10 +436,12 @@ def _posteriors(
         if module not in by_module:
             raise refused(f"{path}: {name} belongs to no module of the mean adapter", "wrong_shape", path)
         by_module[module][parameter] = tensor
+    # The factors of an ensemble's members are no noise.
+    is_random = any(config.kind != "ensemble" or name.rpartition(".")[2].startswith(MEMBER_PREFIX) for name in tensors)
     posteriors: dict[str, Posterior] = {}
     for module, parameters in by_module.items():
         try:
-            posterior = _posterior(config, parameters, is_random=bool(tensors))
+            posterior = _posterior(config, parameters, is_random=is_random)
             posterior.check(module, mean[module])
         except PosteriorError as error:
             raise refused(f"{path}: {error}", error.reason, path) from None
@@ -450,7 +455,7 @@ def _posterior(
     """Builds the posterior of one module.
 
     Args:
-        is_random: whether some module of the artifact has parameters.
+        is_random: whether some module of the artifact has parameters of noise.
     """
     if isinstance(config, PosteriorConfig) and config.kind == "ensemble":
         if config.settings:
