@@ -319,7 +319,8 @@ def _no_documents(data: bytes) -> Iterator[tuple[str, bytes]]:
     """Bytes that are no JSON object, or one that programs read in different ways."""
     text = data.decode()
     first = text.index('"')
-    twice = text[: text.index("{") + 1] + '"a": 1, "a": 2, ' + text[first:]
+    key, value = next(iter(json.loads(data).items()))
+    twice = text[: text.index("{") + 1] + f"{json.dumps(key)}: {json.dumps(value)}, " + text[first:]
     yield "nonsense", b"nonsense"
     yield "list", b"[1]"
     yield "number", b"1"

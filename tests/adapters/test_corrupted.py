@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from credence.adapters import Artifact, ArtifactError, TrustRoot, generate_key, load_artifact, sign
+from credence.adapters import ArtifactError, TrustRoot, generate_key, load_artifact, sign, write_artifact
 from credence.adapters.errors import REASONS
 from credence.adapters.signature import key_id
 from tests.corrupted import fingerprint, posterior_variants, signature_variants, variants
@@ -34,8 +34,9 @@ EXPECTED: dict[str, set[str]] = {
 }
 
 
-def good_artifact(path: Path, form: str = "diag", seed: int = 5) -> Artifact:
-    return make_artifact(
+def good_artifact(path: Path, form: str = "diag", seed: int = 5) -> Path:
+    """An artifact with every optional file that it can have."""
+    made = make_artifact(
         path,
         form=form,
         seed=seed,
@@ -47,6 +48,19 @@ def good_artifact(path: Path, form: str = "diag", seed: int = 5) -> Artifact:
         tau={8: 1.0},
         temperature={8: 1.5},
     )
+    write_artifact(
+        path,
+        adapter_config=made.adapter_config,
+        mean=made.mean,
+        posteriors=made.posteriors,
+        config=made.config,
+        calibration=made.calibration,
+        metrics={"accuracy": 0.75},
+        card="# A card\n",
+        run_config="lora: {r: 3}\n",
+        replace=True,
+    )
+    return path
 
 
 def refusals(good: Path, made: Iterator[tuple[str, Path]], store: Path, trust: TrustRoot | None = None) -> Counter[str]:
@@ -73,21 +87,21 @@ def refusals(good: Path, made: Iterator[tuple[str, Path]], store: Path, trust: T
 
 @pytest.mark.timeout(120)
 def test_every_corrupted_variant_is_refused(tmp_path: Path) -> None:
-    good = good_artifact(tmp_path / "good").path
+    good = good_artifact(tmp_path / "good")
     count = refusals(good, variants(good, tmp_path / "variants"), tmp_path / "store")
-    assert count.total() >= 600
+    assert count.total() >= 700
     assert set(count) == set(REASONS) - {"exists", "unsigned", "bad_signature"}, "every reason that reading has"
 
 
 @pytest.mark.parametrize("form", sorted(set(KIND_OF) - {"diag"}))
 def test_every_corrupted_posterior_is_refused(tmp_path: Path, form: str) -> None:
-    good = good_artifact(tmp_path / "good", form).path
+    good = good_artifact(tmp_path / "good", form)
     count = refusals(good, posterior_variants(good, tmp_path / "variants"), tmp_path / "store")
     assert count.total() >= (13 if form in ("point", "mask") else 30)
 
 
 def test_where_a_signature_is_required_only_the_signed_artifact_is_loaded(tmp_path: Path) -> None:
-    good, other = (good_artifact(tmp_path / name, seed=seed).path for name, seed in (("good", 1), ("other", 2)))
+    good, other = (good_artifact(tmp_path / name, seed=seed) for name, seed in (("good", 1), ("other", 2)))
     key, stranger = generate_key(), generate_key()
     trust = TrustRoot({key_id(key.public_key()): key.public_key()})
     for folder in (good, other):
@@ -99,7 +113,7 @@ def test_where_a_signature_is_required_only_the_signed_artifact_is_loaded(tmp_pa
 
 def test_a_required_signature_stops_every_corrupted_variant_too(tmp_path: Path) -> None:
     """Those with an honest manifest among them, which no hash gives away."""
-    good = good_artifact(tmp_path / "good").path
+    good = good_artifact(tmp_path / "good")
     key = generate_key()
     sign(good, key)
     trust = TrustRoot({key_id(key.public_key()): key.public_key()})
