@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from credence.adapters import ArtifactError, load_artifact
+from credence.adapters import ArtifactError, TrustRoot, load_artifact
 from credence.serve.adapter_registry import AdapterRegistry
 from credence.serve.config import ADAPTER_NAME
 from credence.serve.errors import ServeError, Unavailable
@@ -76,7 +76,7 @@ class AdapterFolder:
                 self._done.pop(name, None)
 
 
-def verified(folder: Path) -> dict[str, str]:
+def verified(folder: Path, trust: TrustRoot | None = None) -> dict[str, str]:
     """The adapters of a folder that can be read now, folder by name; the others are logged.
 
     Raises:
@@ -85,7 +85,7 @@ def verified(folder: Path) -> dict[str, str]:
     good = {}
     for name in sorted(fingerprints(folder, must_exist=True)):
         try:
-            load_artifact(folder / name)
+            load_artifact(folder / name, trust=trust)
         except ArtifactError as error:
             logger.warning("Adapter %s of %s is refused (%s): %s", name, folder, error.reason, error)
             continue

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from credence.adapters import Artifact, ArtifactError, load_artifact
+from credence.adapters import Artifact, ArtifactError, TrustRoot, load_artifact
 from credence.serve.config import ADAPTER_NAME, ServeConfig
 from credence.serve.engine import EngineLimits, SampleLoadError
 from credence.serve.ensemble import EnsembleService, ServedAdapter
@@ -108,6 +108,7 @@ class AdapterRegistry:
         self._lora_ids = lora_ids
         self._canary = canary
         self._store = Path(config.state_dir) / "artifacts"
+        self._trust = None if config.trust is None else TrustRoot.load(config.trust)
         self._served: dict[str, Served] = {}
         self._loaded: dict[str, Loaded] = {}
         self._loading: str | None = None
@@ -254,7 +255,7 @@ class AdapterRegistry:
     async def _verify(self, folder: Path) -> Artifact:
         """Reads, verifies and copies an artifact; raises ArtifactRefused."""
         try:
-            artifact = await asyncio.to_thread(load_artifact, folder, store=self._store)
+            artifact = await asyncio.to_thread(load_artifact, folder, store=self._store, trust=self._trust)
         except ArtifactError as error:
             self.metrics.adapter_integrity_failures.labels(error.reason).inc()
             raise ArtifactRefused(str(error), code=error.reason) from error
