@@ -337,13 +337,13 @@ class AdapterRegistry:
         async with self._lock:
             if loaded.names or loaded.releases != release:
                 return
-            del self._loaded[loaded.artifact.digest]
             try:
                 await self._service.forget(loaded.artifact.digest)
                 if loaded.mean is not None:
                     await self._engine.unload(loaded.mean)
             except Exception:
                 logger.exception("Adapter %s could not be taken out of the engine", name)
+            del self._loaded[loaded.artifact.digest]
             self._delete(loaded.artifact)
         logger.info("Adapter %s (%s) has left the engine", name, loaded.artifact.digest[:15])
 

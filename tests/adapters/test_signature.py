@@ -277,6 +277,14 @@ def test_reasons_are_a_closed_set() -> None:
         ArtifactError("x", reason="other", path="y")  # type: ignore[arg-type]
 
 
+def test_the_page_explains_every_reason() -> None:
+    page = (Path(__file__).parents[2] / "docs/artifacts.md").read_text()
+    first_cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(word for cell in first_cells for word in cell.replace("`", "").replace(",", "").split()) == sorted(
+        REASONS
+    )
+
+
 # --- merged models ---
 
 
