@@ -123,13 +123,17 @@ def test_a_name_moves_under_load(server: Server, admin: Admin, versions: dict[st
         assert answer["model"] == "live"
         text, numbers = content(response)
         uncertainty = answer["choices"][0].get("uncertainty")
-        digests = {uncertainty["adapter"]["digest"]} if uncertainty else {versions[name].digest for name in ("v1", "v2")}
+        digests = (
+            {uncertainty["adapter"]["digest"]} if uncertainty else {versions[name].digest for name in ("v1", "v2")}
+        )
         matching = [
             digest
             for digest in digests
             if (text == known[digest, i, j][0] and numbers == pytest.approx(known[digest, i, j][1], abs=2e-4))
         ]
-        assert matching, f"request {request} got {text!r} {numbers}, known are {[known[digest, i, j] for digest in digests]}"
+        assert matching, (
+            f"request {request} got {text!r} {numbers}, known are {[known[digest, i, j] for digest in digests]}"
+        )
         return matching[0]
 
     def promote() -> None:
