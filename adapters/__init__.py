@@ -16,7 +16,7 @@ from credence.adapters.config import (
     PlattMap,
     PosteriorConfig,
 )
-from credence.adapters.errors import AdapterError, ArtifactError, PosteriorError
+from credence.adapters.errors import REASONS, AdapterError, ArtifactError, KeyFileError, PosteriorError
 from credence.adapters.kinds import (
     KINDS,
     CorePosterior,
@@ -32,10 +32,12 @@ from credence.adapters.kinds import (
 from credence.adapters.merged import MergedModel, delta, is_merged, load_merged, merge, write_delta
 from credence.adapters.posterior import LoraFactors, Posterior, draw
 from credence.adapters.sampling import NoiseSource
+from credence.adapters.signature import TrustRoot, generate_key, load_key, save_key, sign, verify_signature
 from credence.adapters.uncertainty import SequenceScores, TokenScores, sequence_scores, token_scores
 
 __all__ = [
     "KINDS",
+    "REASONS",
     "AdapterError",
     "Agreement",
     "AnswerCount",
@@ -52,6 +54,7 @@ __all__ = [
     "Fit",
     "FixedRowPosterior",
     "IsotonicMap",
+    "KeyFileError",
     "KroneckerPosterior",
     "LoraFactors",
     "LowRankPosterior",
@@ -66,25 +69,31 @@ __all__ = [
     "PosteriorError",
     "RowPosterior",
     "SequenceScores",
+    "TrustRoot",
     "TokenScores",
     "agreement",
     "choice_scores",
     "config_of_rank",
     "delta",
     "draw",
+    "generate_key",
     "is_merged",
     "load_artifact",
+    "load_key",
     "load_merged",
     "lowest_score",
     "merge",
     "normalise_answer",
     "probability_correct",
+    "save_key",
     "sequence_scores",
     "settled_choice",
     "settled_flag",
     "settled_threshold",
+    "sign",
     "stages",
     "token_scores",
+    "verify_signature",
     "write_artifact",
     "write_delta",
     "write_sample",

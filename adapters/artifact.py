@@ -6,6 +6,7 @@
     calibration.json, metrics.json, README.md        optional: temperatures by K, measured numbers, model card
     config.yaml                                      optional: every setting of the run that made it, under comments
     manifest.json                                    size and SHA-256 of every file above, dtype and shape of every tensor
+    signature.json                                   optional: of manifest.json's bytes (credence.adapters.signature)
 
 The digest of an artifact is the SHA-256 of manifest.json. Reading verifies everything before anything is used: each file is read once,
 hashed, and parsed from the very bytes that were hashed, so a file that changes underneath cannot slip through. With a ``store`` those bytes
@@ -18,7 +19,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load as parse_safetensors
@@ -50,21 +51,26 @@ from credence.adapters.files import (
     json_object,
     lay_down,
     parse,
-    read_verified,
+    read_listed,
+    read_manifest,
     refused,
     replacing_folder,
 )
 from credence.adapters.kinds import KINDS, EnsemblePosterior, PointPosterior
+from credence.adapters.kinds.ensemble import PREFIX as MEMBER_PREFIX
 from credence.adapters.peft_folder import (
     DEFAULT_MAX_BYTES,
     PEFT_PREFIX,
     check_finite,
-    check_plain_lora,
+    check_peft_config,
     factors_of,
     parse_tensors,
 )
 from credence.adapters.posterior import LoraFactors, Posterior, check_tau, draw
 from credence.adapters.sampling import NoiseSource
+
+if TYPE_CHECKING:
+    from credence.adapters.signature import TrustRoot
 
 PARTIAL_KINDS = ("diag", "lowrank")
 """Kinds of which a module without tensors is deterministic if another one of the artifact has some (last-layer Laplace)."""
@@ -84,6 +90,7 @@ class Artifact:
         posteriors: posterior by module; the same keys as ``mean``. Of some kinds a module may be deterministic, kind ``point``.
         run_config: text of config.yaml, the settings of the training run, if there is one; it is not parsed.
         head: of an encoder, the parameters of its classification head by their names in the model without PEFT; empty for others.
+        signed_by: id of the trusted key that signed it; None if it was loaded without a trust root.
     """
 
     path: Path
@@ -97,6 +104,7 @@ class Artifact:
     manifest: Manifest
     run_config: str | None = None
     head: dict[str, Tensor] = field(default_factory=dict)
+    signed_by: str | None = None
 
     @property
     def has_posterior(self) -> bool:
@@ -156,22 +164,32 @@ def config_of_rank(adapter_config: Mapping[str, Any], factors: Mapping[str, Lora
     return {**adapter_config, "r": rank, "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
 
 
-def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int = DEFAULT_MAX_BYTES) -> Artifact:
+def load_artifact(
+    path: str | Path,
+    *,
+    store: Path | None = None,
+    trust: "TrustRoot | None" = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> Artifact:
     """Reads and verifies an artifact.
 
     Args:
         store: private folder; the verified bytes are also written to ``store/<digest hex>`` and ``Artifact.path`` is that copy.
+        trust: public keys, one of which must have signed the manifest. The signature is checked before anything else is read, on the very
+            bytes whose hashes then decide about the other files.
         max_bytes: limit for all files together.
 
     Raises:
         ArtifactError: the folder is refused; ``reason`` says why, and nothing was kept.
     """
     folder = Path(path)
-    contents, manifest = read_verified(folder, max_bytes)
+    manifest_bytes = read_manifest(folder, max_bytes)
+    signed_by = None if trust is None else trust.check(folder, MANIFEST, manifest_bytes)
+    contents, manifest = read_listed(folder, manifest_bytes, max_bytes)
     digest = hashlib.sha256(contents[MANIFEST]).hexdigest()
     config = parse(PosteriorConfig, contents[POSTERIOR_CONFIG], folder / POSTERIOR_CONFIG)
     adapter_config = json_object(contents[MEAN_CONFIG], folder / MEAN_CONFIG)
-    check_plain_lora(adapter_config, folder / MEAN_CONFIG)
+    check_peft_config(adapter_config, folder / MEAN_CONFIG)
     _check_agreement(adapter_config, config, folder / MEAN_CONFIG)
     calibration = Calibration()
     if CALIBRATION in contents:
@@ -182,8 +200,12 @@ def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int
         contents[POSTERIOR_TENSORS], manifest.files[POSTERIOR_TENSORS], folder / POSTERIOR_TENSORS
     )
     mean = factors_of(mean_tensors, config.rank, folder / MEAN_TENSORS)
+    _check_targets(adapter_config.get("target_modules"), mean, folder / MEAN_CONFIG)
+    _check_targets(config.target_modules, mean, folder / POSTERIOR_CONFIG)
     posteriors = _posteriors(posterior_tensors, config, mean, folder / POSTERIOR_TENSORS)
     head = _head(contents, manifest, adapter_config, folder)
+    if CARD in contents:
+        _text(contents[CARD], folder / CARD)
     run_config = _text(contents[RUN_CONFIG], folder / RUN_CONFIG) if RUN_CONFIG in contents else None
     kept = folder
     if store is not None:
@@ -201,6 +223,7 @@ def load_artifact(path: str | Path, *, store: Path | None = None, max_bytes: int
         manifest=manifest,
         run_config=run_config,
         head=head,
+        signed_by=signed_by,
     )
 
 
@@ -358,6 +381,19 @@ def _check_agreement(adapter_config: Mapping[str, Any], config: PosteriorConfig,
             )
 
 
+def _check_targets(targets: object, mean: Mapping[str, LoraFactors], path: Path) -> None:
+    """Raises ArtifactError if a list of target modules leaves out one that has factors: PEFT would load the adapter without it."""
+    if isinstance(targets, str):  # a pattern, or all-linear
+        return
+    if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
+        raise refused(f"{path}: target_modules is {targets!r}, a list of names is needed", "malformed", path)
+    for module in mean:
+        if not any(module == target or module.endswith(f".{target}") for target in targets):
+            raise refused(
+                f"{path}: target_modules {list(targets)} leaves out {module}, which has factors", "malformed", path
+            )
+
+
 def _tensors(data: bytes, entry: FileEntry, path: Path) -> dict[str, Tensor]:
     tensors = parse_tensors(data, path)
     found = {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -400,10 +436,12 @@ def _posteriors(
         if module not in by_module:
             raise refused(f"{path}: {name} belongs to no module of the mean adapter", "wrong_shape", path)
         by_module[module][parameter] = tensor
+    # The factors of an ensemble's members are no noise.
+    is_random = any(config.kind != "ensemble" or name.rpartition(".")[2].startswith(MEMBER_PREFIX) for name in tensors)
     posteriors: dict[str, Posterior] = {}
     for module, parameters in by_module.items():
         try:
-            posterior = _posterior(config, parameters, is_random=bool(tensors))
+            posterior = _posterior(config, parameters, is_random=is_random)
             posterior.check(module, mean[module])
         except PosteriorError as error:
             raise refused(f"{path}: {error}", error.reason, path) from None
@@ -417,7 +455,7 @@ def _posterior(
     """Builds the posterior of one module.
 
     Args:
-        is_random: whether some module of the artifact has parameters.
+        is_random: whether some module of the artifact has parameters of noise.
     """
     if isinstance(config, PosteriorConfig) and config.kind == "ensemble":
         if config.settings:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 
 class Document(BaseModel):
@@ -72,8 +72,14 @@ class PosteriorConfig(Document):
     mean: Literal["exact", "first member"] = "exact"
     generator: Literal["philox4x64-sha256-numpy-v1"] = "philox4x64-sha256-numpy-v1"
     default_seed: int = Field(default=0, ge=0)
-    tau: dict[int, Fit] = Field(default_factory=dict)
+    tau: dict[Annotated[int, Field(ge=1)], Fit] = Field(default_factory=dict)
     training: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _only_ensembles_have_members(self) -> "PosteriorConfig":
+        if self.member is not None and self.kind != "ensemble":
+            raise ValueError(f"member describes the members of an ensemble, the kind is {self.kind}")
+        return self
 
     def fitted_tau(self, k: int) -> float:
         """The fitted tau of the nearest K (in ratio; the smaller on a tie); 1.0 if none was fitted."""
@@ -139,12 +145,20 @@ class Calibration(Document):
     """calibration.json, each by number of samples K (K = 0 is the mean adapter).
 
     Attributes:
-        temperature: on the averaged probabilities.
+        temperature: on the averaged probabilities, above 0.
         maps: of free text, from the score of a generated text to the probability that it is correct; empty for other data.
     """
 
-    temperature: dict[int, Fit] = Field(default_factory=dict)
+    temperature: dict[Annotated[int, Field(ge=0)], Fit] = Field(default_factory=dict)
     maps: dict[Annotated[int, Field(ge=0)], ConfidenceMap] = Field(default_factory=dict)
+
+    @field_validator("temperature")
+    @classmethod
+    def _above_zero(cls, temperature: dict[int, Fit]) -> dict[int, Fit]:
+        for k, fit in temperature.items():
+            if fit.value == 0:
+                raise ValueError(f"the temperature of K = {k} is 0, and logits are divided by it")
+        return temperature
 
     def fitted_temperature(self, k: int) -> float:
         """The fitted temperature: K = 0 has its own, other K use the nearest in ratio; 1.0 if none was fitted."""

@@ -11,7 +11,8 @@ rounds it relative to itself; in the shared layout (A_s, B_s) it is rounded rela
 
     config.json, *.safetensors, tokenizer ...   base and mean, a model any engine loads
     credence/                                   the artifact, every file as it was
-    credence_merged.json                        name, dtype, digest of the artifact, SHA-256 of every weight file
+    credence_merged.json                        name, dtype, digest of the artifact, SHA-256 of every other file
+    signature.json                              optional: of credence_merged.json's bytes (credence.adapters.signature)
 
 Writing, reading and drawing from such a folder are kept together, although that makes a long file: they share its format.
 """
@@ -20,12 +21,13 @@ import hashlib
 import json
 import re
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -36,8 +38,19 @@ from torch import Tensor
 from credence.adapters.artifact import Artifact, config_of_rank, load_artifact, write_factors
 from credence.adapters.config import BaseModelRef, Document, FileEntry
 from credence.adapters.errors import ArtifactReason, PosteriorError
-from credence.adapters.files import json_object, parse, refused, replacing_folder
+from credence.adapters.files import (
+    MAX_JSON_BYTES,
+    SIGNATURE,
+    json_object,
+    parse,
+    read_file,
+    refused,
+    replacing_folder,
+)
 from credence.adapters.posterior import LoraFactors, check_tau
+
+if TYPE_CHECKING:
+    from credence.adapters.signature import TrustRoot
 
 MERGED, ARTIFACT_FOLDER = "credence_merged.json", "credence"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -47,7 +60,7 @@ MergedDtype = Literal["bfloat16", "float32"]
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
 # Tokenizer, generation, processor and licence files of a base model; never code, weights or what is written anew.
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.bpe", "LICENSE*", "NOTICE*")
-NOT_COPIED = (*WEIGHT_PATTERNS, "*.index.json", CONFIG, MERGED, "params.json", "adapter_config.json")
+NOT_COPIED = (*WEIGHT_PATTERNS, "*.index.json", CONFIG, MERGED, SIGNATURE, "params.json", "adapter_config.json")
 TEMPLATES = "additional_chat_templates"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # A temperature at which no noise rounds away beside its weight: the standard deviation grows 2^20 times.
@@ -63,6 +76,8 @@ class MergedManifest(Document):
         digest: of the artifact in ``credence/``, ``sha256:<64 hex>``.
         base_model: what the mean was merged into.
         weights: size and SHA-256 of every weight file, and of their index.
+        companions: size and SHA-256 of configuration, tokenizer and whatever else was written beside the weights, by path in the folder.
+            They may be edited (a chat template, say), except where a signature is required.
     """
 
     format_version: Literal[1] = 1
@@ -71,6 +86,7 @@ class MergedManifest(Document):
     digest: str = Field(pattern="^sha256:[0-9a-f]{64}$")
     base_model: BaseModelRef
     weights: dict[str, FileEntry] = Field(min_length=1)
+    companions: dict[str, FileEntry] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +96,17 @@ class MergedModel:
     Attributes:
         path: the model's folder.
         artifact: the posterior, its mean already in the weights.
+        document_digest: ``sha256:<64 hex>`` of credence_merged.json.
         rank: rank of the widest delta adapter: r if only A is random, 2r otherwise, (M + 1) r of an ensemble with its exact mean.
+        signed_by: id of the trusted key that signed it; None if it was loaded without a trust root.
     """
 
     path: Path
     manifest: MergedManifest
+    document_digest: str
     artifact: Artifact
     rank: int
+    signed_by: str | None = None
 
     @property
     def name(self) -> str:
@@ -168,18 +188,28 @@ def is_merged(path: str | Path) -> bool:
     return (Path(path) / MERGED).is_file()
 
 
-def load_merged(path: str | Path, *, store: Path | None = None, verify_weights: bool = True) -> MergedModel:
+def load_merged(
+    path: str | Path,
+    *,
+    store: Path | None = None,
+    verify_weights: bool = True,
+    trust: "TrustRoot | None" = None,
+) -> MergedModel:
     """Reads and verifies a merged folder.
 
     Args:
         store: private folder for a verified copy of the artifact, as in ``load_artifact``.
         verify_weights: hash the weight files, at the speed of the disk; False checks the artifact only.
+        trust: public keys, one of which must have signed credence_merged.json, which names the artifact by its digest. Then all other
+            files must be as they were written too, and no file be added.
 
     Raises:
         ArtifactError: the artifact is refused, or the weights are not those that were merged with it.
     """
     folder = Path(path)
-    manifest = parse(MergedManifest, _read(folder / MERGED), folder / MERGED)
+    document = read_file(folder / MERGED, MAX_JSON_BYTES, "it is the record that `credence merge` writes")
+    signed_by = None if trust is None else trust.check(folder, MERGED, document)
+    manifest = parse(MergedManifest, document, folder / MERGED)
     artifact = load_artifact(folder / ARTIFACT_FOLDER, store=store)
     if artifact.digest != manifest.digest:
         raise refused(
@@ -189,7 +219,16 @@ def load_merged(path: str | Path, *, store: Path | None = None, verify_weights: 
         )
     if verify_weights:
         _verify_weights(folder, manifest)
-    return MergedModel(path=folder, manifest=manifest, artifact=artifact, rank=delta_rank(artifact))
+    if trust is not None:
+        _verify_companions(folder, manifest)
+    return MergedModel(
+        path=folder,
+        manifest=manifest,
+        document_digest=f"sha256:{hashlib.sha256(document).hexdigest()}",
+        artifact=artifact,
+        rank=delta_rank(artifact),
+        signed_by=signed_by,
+    )
 
 
 def merge(
@@ -257,9 +296,8 @@ def merge(
             dtype=dtype,
             digest=artifact.digest,
             base_model=base_model,
-            weights={
-                file: FileEntry(size=(folder / file).stat().st_size, sha256=_sha256(folder / file)) for file in files
-            },
+            weights={file: _file_entry(folder / file) for file in files},
+            companions={file: _file_entry(folder / file) for file in sorted(_companions(folder) - set(files))},
         )
         _write_json(folder / MERGED, manifest.model_dump(mode="json"))
         load_merged(folder, verify_weights=False)
@@ -284,14 +322,16 @@ class _Checkpoint:
                 "unsupported",
                 folder,
             )
-        config = json_object(_read(folder / CONFIG), folder / CONFIG)
+        config = json_object(_read(folder / CONFIG), folder / CONFIG, strict=False)
         if config.get("quantization_config"):
             raise refused(
                 f"{folder} is a quantised model; merge into the float checkpoint it was made of",
                 "unsupported",
                 folder / CONFIG,
             )
-        index = json_object(_read(folder / INDEX), folder / INDEX) if (folder / INDEX).exists() else None
+        index = None
+        if (folder / INDEX).exists():
+            index = json_object(_read(folder / INDEX), folder / INDEX, strict=False)
         if index is None and not (folder / WEIGHTS).exists():
             raise refused(
                 f"{folder} has neither {WEIGHTS} nor {INDEX}; merging reads safetensors weights",
@@ -466,13 +506,53 @@ def _verify_weights(folder: Path, manifest: MergedManifest) -> None:
         )
     for name, entry in manifest.weights.items():
         path = folder / name
-        if path.stat().st_size != entry.size or _sha256(path) != entry.sha256:
+        if _file_entry(path) != entry:
             raise refused(
                 f"{path} is not the file `credence merge` wrote (another size or SHA-256): the weights were changed, so the posterior "
                 "no longer belongs to them; merge again",
                 "hash_mismatch",
                 path,
             )
+
+
+def _companions(folder: Path) -> set[str]:
+    """Paths in a merged folder of all files but the artifact's, the record and its signature."""
+    files = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+    return {str(file) for file in files if file.parts[0] not in (ARTIFACT_FOLDER, MERGED, SIGNATURE)}
+
+
+def _verify_companions(folder: Path, manifest: MergedManifest) -> None:
+    found = _companions(folder) - set(manifest.weights)
+    for name in sorted(found ^ set(manifest.companions)):
+        known = name in manifest.companions
+        state = "missing" if known else "no file of `credence merge`"
+        raise refused(
+            f"{folder / name} is {state}; a signature is required, so the folder must be as it was signed: merge and sign again",
+            "missing" if known else "unsupported",
+            folder / name,
+        )
+    for name, entry in manifest.companions.items():
+        if _file_entry(folder / name) != entry:
+            raise refused(
+                f"{folder / name} is not the file `credence merge` wrote; a signature is required, so the folder must be as it was signed: "
+                "merge and sign again",
+                "hash_mismatch",
+                folder / name,
+            )
+
+
+def _file_entry(path: Path) -> FileEntry:
+    """Size and SHA-256 of a regular file; symbolic links are followed, as by the engine that reads the weights."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise refused(f"{path} is not a regular file", "malformed", path)
+        with path.open("rb") as file:
+            return FileEntry(size=status.st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    except FileNotFoundError:
+        raise refused(f"{path} is missing", "missing", path) from None
+    except OSError as error:
+        raise refused(f"{path} cannot be read: {error.strerror}", "io", path) from None
 
 
 def _open(path: Path) -> Any:
@@ -491,11 +571,6 @@ def _read(path: Path) -> bytes:
         raise refused(f"{path} is missing", "missing", path) from None
     except OSError as error:
         raise refused(f"{path} cannot be read: {error.strerror}", "io", path) from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

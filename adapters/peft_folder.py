@@ -166,6 +166,8 @@ def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = parse_safetensors(data)
     except Exception as error:
         raise refused(f"{path} is not a safetensors file: {error}", "malformed", path) from None
+    # The parser takes the last of two tensors of one name, another may take the first.
+    json_object(data[8 : 8 + int.from_bytes(data[:8], "little")], path)
     return tensors
 
 
@@ -194,6 +196,8 @@ def factors_of(tensors: Mapping[str, Tensor], rank: int, path: Path) -> dict[str
             raise refused(
                 f"{path}: {module} needs two matrices, lora_A [r, n_in] and lora_B [n_out, r]", "wrong_shape", path
             )
+        if pair["A"].numel() == 0 or pair["B"].numel() == 0:
+            raise refused(f"{path}: {module} has factors without entries", "wrong_shape", path)
         if pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
             raise refused(
                 f"{path}: {module} has lora_A {tuple(pair['A'].shape)} and lora_B {tuple(pair['B'].shape)}, the rank is {rank}",

@@ -22,12 +22,19 @@ SHOWN_FACTORS = 10
 
 def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The artifact.", show_default=False)],
+    trust: Annotated[
+        Path | None,
+        typer.Option(
+            "--trust", metavar="FILE", help="Public keys, one of which must have signed it.", show_default=False
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Verify an artifact and say what is in it.
 
-    Every file is checked against the manifest. The noise is compared with the spacing (ulp) of the serving dtypes:
-    below 1 ulp most samples round back to the mean. Of a merged model the weights are verified too.
+    Every file is checked against the manifest, and with --trust the manifest against its signature. Of a merged model
+    the weights are verified too. The noise is compared with the spacing (ulp) of the serving dtypes: below 1 ulp most
+    samples round back to the mean.
 
     \b
     Example:
@@ -35,15 +42,20 @@ def inspect(
       credence inspect out/triage --json -
     """
     with needs_extra("adapters"):
-        from credence.adapters import is_merged, load_artifact, load_merged
+        from credence.adapters import TrustRoot, is_merged, load_artifact, load_merged
         from credence.adapters.precision import check_precision
-    merged = load_merged(directory) if is_merged(directory) else None
-    artifact = load_artifact(directory) if merged is None else merged.artifact
+        from credence.adapters.signature import claimed_signer
+    trusted = None if trust is None else TrustRoot.load(trust)
+    merged = load_merged(directory, trust=trusted) if is_merged(directory) else None
+    artifact = load_artifact(directory, trust=trusted) if merged is None else merged.artifact
+    signed_by = artifact.signed_by if merged is None else merged.signed_by
+    signature = {"key_id": signed_by or claimed_signer(directory), "verified": signed_by is not None}
     precision = check_precision(artifact, tau=artifact.config.fitted_tau(INSPECT_K))
     warnings = _warnings(artifact, precision, merged)
-    write_json(json_file, _document(directory, artifact, precision, warnings) | {"merged": _merged_document(merged)})
+    document = _document(directory, artifact, precision, warnings)
+    write_json(json_file, document | {"signature": signature, "merged": _merged_document(merged)})
     if json_file != "-":
-        _print(artifact, precision, merged)
+        _print(artifact, precision, merged, signature)
     for warning in warnings:
         warn(warning)
 
@@ -288,7 +300,12 @@ def _warnings(artifact: "Artifact", precision: "PrecisionReport", merged: "Merge
     return found
 
 
-def _print(artifact: "Artifact", precision: "PrecisionReport", merged: "MergedModel | None") -> None:
+def _print(
+    artifact: "Artifact",
+    precision: "PrecisionReport",
+    merged: "MergedModel | None",
+    signature: Mapping[str, str | bool | None],
+) -> None:
     config, sizes = artifact.config, _sizes(artifact)
     model = {}
     if merged is not None:
@@ -304,6 +321,7 @@ def _print(artifact: "Artifact", precision: "PrecisionReport", merged: "MergedMo
                 "kind": _kind(artifact),
                 "method": f"{config.method} (credence {config.credence_version})",
                 "digest": f"{artifact.digest} (verified)",
+                "signature": _signature(signature),
                 "base model": f"{config.base_model.name}{revision}",
                 "LoRA": f"r {config.rank}, alpha {config.lora_alpha:g}, {sizes['modules']} modules of {', '.join(config.target_modules)}",
                 "parameters": f"{sizes['mean_parameters']:,} mean, {sizes['posterior_parameters']:,} posterior{head}",
@@ -340,6 +358,12 @@ def _print(artifact: "Artifact", precision: "PrecisionReport", merged: "MergedMo
             _ratio(median(relative) if relative else None),
         ],
     )
+
+
+def _signature(signature: Mapping[str, str | bool | None]) -> str:
+    if signature["key_id"] is None:
+        return "none"
+    return f"by the key {signature['key_id']} ({'verified' if signature['verified'] else 'not checked: give --trust FILE'})"
 
 
 def _kind(artifact: "Artifact") -> str:

@@ -27,6 +27,7 @@ from credence.cli import (
     robustness,
     score,
     serve,
+    signing,
     training,
 )
 from credence.cli.output import CommandError
@@ -42,6 +43,8 @@ app.command("import")(importer.import_)
 app.command("inspect")(artifact.inspect)
 app.command("draw")(artifact.draw)
 app.command("merge")(artifact.merge)
+app.command("keygen")(signing.keygen)
+app.command("sign")(signing.sign)
 app.command("eval")(training.evaluate)
 app.command("data")(data.data)
 app.command("reproduce")(reproduce.reproduce)

@@ -110,6 +110,15 @@ def serve(
             help="Folder whose sub-folders are adapters: what changes there is loaded, replaced and taken away.",
         ),
     ] = None,
+    trust: Annotated[
+        Path | None,
+        typer.Option(
+            "--trust",
+            envvar="CREDENCE_TRUST",
+            help="File of public keys, one of which must have signed what is served.",
+            show_default="signatures are not required",
+        ),
+    ] = None,
 ) -> int:
     """Serve adapters with their uncertainty.
 
@@ -151,6 +160,7 @@ def serve(
         max_adapters=max_adapters,
         adapter_roots=[str(root) for root in adapter_root or ()],
         adapter_dir=None if adapter_dir is None else str(adapter_dir),
+        trust=None if trust is None else str(trust),
     )
 
 

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from credence.adapters import ArtifactError, load_artifact
+from credence.adapters import ArtifactError, TrustRoot, load_artifact
 from credence.serve.adapter_registry import AdapterRegistry
 from credence.serve.config import ADAPTER_NAME
-from credence.serve.errors import ServeError
+from credence.serve.errors import ServeError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +20,11 @@ class AdapterFolder:
     """Keeps a registry in step with a folder.
 
     A sub-folder is acted on when it looked the same twice in a row, so that nobody reads a copy in progress. One that was refused is tried
-    again when it changes. Names that were not loaded from here are left alone.
+    again when it changes, or at the next look if the server was only too busy. Names that were not loaded from here are left alone.
 
     Args:
-        served: names served at the start that came from this folder.
+        served: names served at the start that came from this folder. They are read once more, since they may have changed while the server
+            started.
     """
 
     def __init__(self, folder: Path, registry: AdapterRegistry, served: Collection[str] = ()) -> None:
@@ -31,7 +32,7 @@ class AdapterFolder:
         self._registry = registry
         self._mine = set(served)
         self._seen = fingerprints(folder)
-        self._done = {name: mark for name, mark in self._seen.items() if name in self._mine}
+        self._done: dict[str, str] = {}
 
     async def run(self) -> None:
         """Polls until cancelled."""
@@ -71,9 +72,11 @@ class AdapterFolder:
             )
         except ServeError as error:
             logger.warning("Adapter %s of %s: %s", name, self.folder, error.message)
+            if isinstance(error, Unavailable):
+                self._done.pop(name, None)
 
 
-def verified(folder: Path) -> dict[str, str]:
+def verified(folder: Path, trust: TrustRoot | None = None) -> dict[str, str]:
     """The adapters of a folder that can be read now, folder by name; the others are logged.
 
     Raises:
@@ -82,7 +85,7 @@ def verified(folder: Path) -> dict[str, str]:
     good = {}
     for name in sorted(fingerprints(folder, must_exist=True)):
         try:
-            load_artifact(folder / name)
+            load_artifact(folder / name, trust=trust)
         except ArtifactError as error:
             logger.warning("Adapter %s of %s is refused (%s): %s", name, folder, error.reason, error)
             continue

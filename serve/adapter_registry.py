@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from credence.adapters import Artifact, ArtifactError, load_artifact
+from credence.adapters import Artifact, ArtifactError, TrustRoot, load_artifact
 from credence.serve.config import ADAPTER_NAME, ServeConfig
 from credence.serve.engine import EngineLimits, SampleLoadError
 from credence.serve.ensemble import EnsembleService, ServedAdapter
@@ -108,6 +108,7 @@ class AdapterRegistry:
         self._lora_ids = lora_ids
         self._canary = canary
         self._store = Path(config.state_dir) / "artifacts"
+        self._trust = None if config.trust is None else TrustRoot.load(config.trust)
         self._served: dict[str, Served] = {}
         self._loaded: dict[str, Loaded] = {}
         self._loading: str | None = None
@@ -172,10 +173,12 @@ class AdapterRegistry:
             try:
                 artifact = await self._verify(folder)
                 await self._serve(name, artifact, alias_of=None)
-            except ServeError as error:
+            except Exception as error:
                 self.metrics.adapter_loads.labels("refused").inc()
                 if name not in self._served:
-                    self._failed[name] = error.message
+                    self._failed[name] = (
+                        error.message if isinstance(error, ServeError) else f"internal: {type(error).__name__}"
+                    )
                 raise
             finally:
                 self._loading = None
@@ -252,7 +255,7 @@ class AdapterRegistry:
     async def _verify(self, folder: Path) -> Artifact:
         """Reads, verifies and copies an artifact; raises ArtifactRefused."""
         try:
-            artifact = await asyncio.to_thread(load_artifact, folder, store=self._store)
+            artifact = await asyncio.to_thread(load_artifact, folder, store=self._store, trust=self._trust)
         except ArtifactError as error:
             self.metrics.adapter_integrity_failures.labels(error.reason).inc()
             raise ArtifactRefused(str(error), code=error.reason) from error
@@ -279,7 +282,7 @@ class AdapterRegistry:
             self._engine.publish(name, loaded.mean)
         self.metrics.serve(name, artifact.config.method, artifact.digest)
         if before is not None and before.loaded is not loaded:
-            self._release(name, before.loaded, DEFAULT_DRAIN_S)
+            self._release(name, before.loaded, None)
 
     async def _into_engine(self, name: str, artifact: Artifact) -> Loaded:
         in_use = sum(bool(loaded.names) for loaded in self._loaded.values())
@@ -296,20 +299,24 @@ class AdapterRegistry:
             adapter = ServedAdapter(name=name, artifact=artifact, merged=self._config.merged, mean=mean)
             await self._service.make_resident(adapter)
             await self._canary(adapter)
-        except (SampleLoadError, ServeError) as error:
-            await self._service.forget(artifact.digest)
-            if mean is not None:
-                await self._engine.unload(mean)
-            self._delete(artifact)
-            if isinstance(error, ServeError) and error.status != 500:
-                raise
-            raise ArtifactRefused(f"adapter {name} does not load into this model: {error}", code="engine") from error
+        except Exception as error:
+            try:
+                await self._service.forget(artifact.digest)
+                if mean is not None:
+                    await self._engine.unload(mean)
+            finally:
+                self._delete(artifact)
+            if isinstance(error, SampleLoadError) or (isinstance(error, ServeError) and error.status == 500):
+                raise ArtifactRefused(
+                    f"adapter {name} does not load into this model: {error}", code="engine"
+                ) from error
+            raise
         loaded = Loaded(artifact=artifact, mean=mean)
         self._loaded[artifact.digest] = loaded
         return loaded
 
-    def _release(self, name: str, loaded: Loaded, drain_s: float) -> None:
-        """A name leaves an artifact; the last one lets it drain."""
+    def _release(self, name: str, loaded: Loaded, drain_s: float | None) -> None:
+        """A name leaves an artifact; the last one lets it drain. ``drain_s`` None: however long its requests run."""
         loaded.names.discard(name)
         if loaded.names:
             return
@@ -320,7 +327,7 @@ class AdapterRegistry:
         self._retirements.add(retirement)
         retirement.add_done_callback(self._retirements.discard)
 
-    async def _retire(self, loaded: Loaded, name: str, snapshot: Snapshot, drain_s: float) -> None:
+    async def _retire(self, loaded: Loaded, name: str, snapshot: Snapshot, drain_s: float | None) -> None:
         release = loaded.releases
         ended = asyncio.ensure_future(snapshot.ended())
         await asyncio.wait({ended}, timeout=drain_s)

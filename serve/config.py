@@ -30,6 +30,7 @@ class ServeConfig(BaseModel):
         max_adapters: adapters that may be served at once; their means need as many LoRA slots.
         adapter_roots: folders below which an artifact must lie to be loaded at run time.
         adapter_dir: folder whose sub-folders are adapters, watched while the server runs.
+        adapters_of_dir: those of ``adapters`` that came from it.
         max_inflight_rows: member rows in flight before requests get 503.
         max_scored_rows: largest number of (sample, token) pairs that one text may be scored on; a worker holds a hidden state for each.
         max_body_bytes: largest request body.
@@ -38,6 +39,7 @@ class ServeConfig(BaseModel):
         extra_routes: further routes of vLLM's that are open to users.
         return_samples: whether ``uncertainty.return_samples`` is permitted at all.
         audit_log: file of the audit log; None for none.
+        trust: absolute path of the trust file; an artifact must then be signed by one of its keys. None accepts unsigned ones.
         state_dir: private folder of this server: verified artifact copies.
         stats_dir: tmpfs folder of this server: one statistics file per running ensemble.
     """
@@ -52,6 +54,7 @@ class ServeConfig(BaseModel):
     max_adapters: Annotated[int, Field(ge=1, le=1024)] | None = None
     adapter_roots: tuple[str, ...] = ()
     adapter_dir: str | None = None
+    adapters_of_dir: tuple[str, ...] = ()
     max_inflight_rows: Annotated[int, Field(ge=1)] = 1024
     max_scored_rows: Annotated[int, Field(ge=1)] = 65536
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
@@ -61,6 +64,7 @@ class ServeConfig(BaseModel):
     extra_routes: tuple[str, ...] = ()
     return_samples: bool = True
     audit_log: str | None = None
+    trust: str | None = None
     state_dir: str
     stats_dir: str
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from credence.adapters import ArtifactError, is_merged, load_artifact, load_merged
+from credence.adapters import ArtifactError, KeyFileError, TrustRoot, is_merged, load_artifact, load_merged
 from credence.serve import adapter_folder
 from credence.serve.adapter_registry import adapted_modules
 from credence.serve.config import ADAPTER_NAME, CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
@@ -40,6 +40,7 @@ def main(
     max_adapters: int | None = None,
     adapter_roots: Sequence[str] = (),
     adapter_dir: str | None = None,
+    trust: str | None = None,
 ) -> int:
     """Serves ``base`` with Bayesian adapters until a signal.
 
@@ -57,6 +58,7 @@ def main(
         max_adapters: adapters that may be served at once; None for those given, or :data:`ADAPTERS_AT_RUN_TIME` if more can come later.
         adapter_roots: folders below which artifacts may be loaded at run time.
         adapter_dir: folder whose sub-folders are adapters by name, watched while the server runs.
+        trust: file of public keys; an artifact, or a merged model, must be signed by one of them.
 
     Returns:
         The process's exit code.
@@ -70,13 +72,15 @@ def main(
     state = Path(tempfile.mkdtemp(prefix="credence-serve-"))
     stats = Path(tempfile.mkdtemp(prefix="credence-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else state))
     try:
+        trusted = trust_root(trust)
         merged = is_merged(base)
         dtype: str | None = None
+        found: dict[str, str] = {}
         if merged:
-            stored, rank, modules, dtype = verify_merged(base, adapters, state / "artifacts", extra_args)
+            stored, rank, modules, dtype = verify_merged(base, adapters, state / "artifacts", extra_args, trusted)
         else:
-            found = {} if adapter_dir is None else adapters_of(adapter_dir)
-            stored, rank, modules = verify({**found, **adapters}, state / "artifacts")
+            found = {} if adapter_dir is None else adapters_of(adapter_dir, trusted)
+            stored, rank, modules = verify({**found, **adapters}, state / "artifacts", trusted)
         config = ServeConfig(
             adapters=stored,
             merged=merged,
@@ -93,6 +97,8 @@ def main(
             extra_routes=tuple(extra_routes),
             return_samples=return_samples,
             audit_log=audit_log and os.path.abspath(audit_log),
+            adapters_of_dir=tuple(sorted(found.keys() - adapters.keys())),
+            trust=None if trust is None else str(Path(trust).resolve()),
             state_dir=str(state),
             stats_dir=str(stats),
         )
@@ -115,10 +121,10 @@ def main(
         shutil.rmtree(state, ignore_errors=True)
 
 
-def adapters_of(adapter_dir: str) -> dict[str, str]:
+def adapters_of(adapter_dir: str, trust: TrustRoot | None) -> dict[str, str]:
     """The adapters of a watched folder that can be served now; raises ConfigurationError if there is no such folder."""
     try:
-        return adapter_folder.verified(Path(adapter_dir))
+        return adapter_folder.verified(Path(adapter_dir), trust)
     except OSError as error:
         raise ConfigurationError(f"--adapter-dir {adapter_dir} cannot be read: {error.strerror}") from error
 
@@ -128,8 +134,22 @@ def room_for_adapters(given: int, more_can_come: bool) -> int:
     return max(given + 2, ADAPTERS_AT_RUN_TIME) if more_can_come else given
 
 
-def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], int, list[str]]:
-    """Verifies every artifact and copies it to the server's private store.
+def trust_root(path: str | None) -> TrustRoot | None:
+    """Reads the trust file, if there is one.
+
+    Raises:
+        ConfigurationError: it cannot be used; the message says why.
+    """
+    try:
+        return None if path is None else TrustRoot.load(path)
+    except KeyFileError as error:
+        raise ConfigurationError(f"--trust: {error}") from error
+
+
+def verify(
+    adapters: Mapping[str, str], store: Path, trust: TrustRoot | None = None
+) -> tuple[dict[str, str], int, list[str]]:
+    """Verifies every artifact, its signature too where there is a trust root, and copies it to the server's private store.
 
     Returns:
         Folder of the copy by name, the largest rank, and the union of the adapted modules' last names.
@@ -149,7 +169,7 @@ def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], in
         if not ADAPTER_NAME.match(name):
             raise ConfigurationError(f"--adapter: the name {name!r} must match {ADAPTER_NAME.pattern}")
         try:
-            artifact = load_artifact(path, store=store)
+            artifact = load_artifact(path, store=store, trust=trust)
         except ArtifactError as error:
             raise ConfigurationError(f"--adapter {name}={path} is refused ({error.reason}): {error}") from error
         stored[name] = str(artifact.path)
@@ -162,7 +182,7 @@ def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], in
 
 
 def verify_merged(
-    base: str, adapters: Mapping[str, str], store: Path, given: Sequence[str]
+    base: str, adapters: Mapping[str, str], store: Path, given: Sequence[str], trust: TrustRoot | None = None
 ) -> tuple[dict[str, str], int, list[str], str]:
     """Verifies a merged model, its weights too, and copies its artifact to the server's private store.
 
@@ -187,7 +207,7 @@ def verify_merged(
             f"--served-model-name {' '.join(names)}: a merged model has one name, and it must match {ADAPTER_NAME.pattern}"
         )
     try:
-        model = load_merged(base, store=store)
+        model = load_merged(base, store=store, trust=trust)
     except ArtifactError as error:
         raise ConfigurationError(f"the merged model {base} is refused ({error.reason}): {error}") from error
     stored = {names[0] if names else model.name: str(model.artifact.path)}

@@ -265,7 +265,7 @@ def _import_ivon_checkpoint(request: ImportRequest) -> str:
     run_bytes = read_file(folder.resolve().parent / RUN_FILE, DEFAULT_MAX_BYTES, needs)
     adapter_bytes = read_file(folder / ADAPTER_FILE, DEFAULT_MAX_BYTES, needs)
     optimizer_bytes = read_file(folder / OPTIMIZER_FILE, DEFAULT_MAX_BYTES, needs)
-    run = json_object(run_bytes, folder.resolve().parent / RUN_FILE)
+    run = json_object(run_bytes, folder.resolve().parent / RUN_FILE, strict=False)
     if run.get("method") != "ivon":
         raise refused(
             f"{folder} is a checkpoint of method {run.get('method')!r}; this format reads those of ivon",

@@ -297,7 +297,7 @@ class VllmBackend:
     def follow_folder(self) -> None:
         """Starts to watch the adapter folder, if there is one."""
         if self.config.adapter_dir is not None:
-            folder = AdapterFolder(Path(self.config.adapter_dir), self.registry, self.config.adapters)
+            folder = AdapterFolder(Path(self.config.adapter_dir), self.registry, self.config.adapters_of_dir)
             task = asyncio.create_task(folder.run())
             self._background.add(task)
 
@@ -461,6 +461,8 @@ class VllmBackend:
         if facts is not None:
             facts.uncertainties.append(uncertainty)
         name = plan.adapter.name
+        if name not in self._service.adapters:
+            return  # taken away while this was answered: its series have ended
         if uncertainty.confidence is not None:
             self.metrics.confidence.labels(name).observe(uncertainty.confidence)
         if uncertainty.epistemic is not None and uncertainty.unit == "nats/token":

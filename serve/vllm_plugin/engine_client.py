@@ -70,14 +70,7 @@ class VllmSampleEngine:
 
     async def load(self, slot: Slot) -> None:
         """Registers the sample; the workers draw it."""
-        try:
-            loaded = await self._client.add_lora(lora_request_of(slot))
-        except EngineDeadError:
-            raise
-        except Exception as error:
-            raise SampleLoadError(str(error)) from error
-        if not loaded:
-            raise SampleLoadError(f"vLLM refused {slot.ref.to_path()}")
+        await _add(self._client, lora_request_of(slot))
 
     async def unload(self, lora_id: int) -> None:
         """Forgets the sample."""
@@ -111,14 +104,7 @@ class VllmMeans:
         """
         digest = artifact.digest.removeprefix("sha256:")[:8]
         request = LoRARequest(lora_name=f"{name}@{digest}", lora_int_id=lora_id, lora_path=str(artifact.path))
-        try:
-            loaded = await self._client.add_lora(request)
-        except EngineDeadError:
-            raise
-        except Exception as error:
-            raise SampleLoadError(str(error)) from error
-        if not loaded:
-            raise SampleLoadError("vLLM refused the mean adapter")
+        await _add(self._client, request)
         return request
 
     async def unload(self, mean: LoRARequest) -> None:
@@ -140,6 +126,20 @@ class VllmMeans:
             return str(self._models.base_model_paths[0].name)
         facts = CURRENT.get()
         return (facts and facts.model) or lora_request.lora_name.partition("@")[0]
+
+
+async def _add(client: EngineClient, request: LoRARequest) -> None:
+    """Loads a LoRA whole or not at all; raises SampleLoadError."""
+    try:
+        loaded = await client.add_lora(request)
+    except EngineDeadError:
+        raise
+    except Exception as error:
+        # vLLM keeps, under its id, what it has read and could not put into a slot.
+        await client.remove_lora(request.lora_int_id)
+        raise SampleLoadError(str(error)) from error
+    if not loaded:
+        raise SampleLoadError(f"vLLM refused {request.lora_path}")
 
 
 def lora_request_of(slot: Slot) -> LoRARequest:

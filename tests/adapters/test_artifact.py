@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from credence.adapters import (
     Artifact,
@@ -31,6 +31,7 @@ from credence.adapters import (
     write_sample,
 )
 from credence.adapters.artifact import peft_tensors
+from tests.corrupted import describe, edit_json, edit_tensors, write_manifest
 
 RANK, ALPHA = 3, 4.5
 FIRST, SECOND = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
@@ -39,7 +40,6 @@ ROW_SETTINGS = {"epsilon": 0.3, "dof": 3.0, "floor": 1e-3}
 WEIGHTS = ("adapter_model.safetensors", "posterior.safetensors")
 REQUIRED = ("adapter_config.json", "posterior.json", *WEIGHTS)
 EVERY_FILE = (*REQUIRED, "calibration.json", "metrics.json", "README.md", "config.yaml")
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
 
 
 def parts(kind: str = "diag", seed: int = 0) -> dict[str, Any]:
@@ -95,35 +95,6 @@ def folder(tmp_path: Path) -> Path:
     """A valid artifact with every optional file."""
     write(tmp_path / "artifact")
     return tmp_path / "artifact"
-
-
-def entry(path: Path) -> dict[str, Any]:
-    """A manifest entry, from the bytes themselves."""
-    data = path.read_bytes()
-    tensors = {}
-    if path.suffix == ".safetensors" and data[8:9] == b"{":
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        tensors = {
-            name: [DTYPES[info["dtype"]], info["shape"]] for name, info in header.items() if name != "__metadata__"
-        }
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "tensors": tensors}
-
-
-def sign(folder: Path) -> None:
-    """Rewrites the manifest so that it describes the files as they are: what is left is refused for its content."""
-    names = [path.name for path in folder.iterdir() if path.name != "manifest.json"]
-    manifest = {"format_version": 1, "files": {name: entry(folder / name) for name in names}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_tensors(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def refused(folder: Path, reason: str, message: str, *, max_bytes: int = 2**30) -> None:
@@ -217,10 +188,27 @@ def test_equal_content_has_an_equal_digest_and_any_change_another(tmp_path: Path
 def test_unlisted_files_are_ignored_and_not_kept(folder: Path) -> None:
     """An editor's backup or a Git folder beside the files is no part of the artifact."""
     before = load_artifact(folder).digest
-    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"w": 1}))
+    (folder / "README.md~").write_bytes(b"# An older card")
+    (folder / ".git").mkdir()
+    (folder / "signature.json").write_text("{}")
     artifact = load_artifact(folder, store=folder.parent / "store")
     assert artifact.digest == before
     assert sorted(path.name for path in artifact.path.iterdir()) == sorted([*EVERY_FILE, "manifest.json"])
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "training_args.PT", "model.safetensors", "modeling.py"])
+def test_unlisted_files_that_some_tool_would_load_are_refused(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"")
+    refused(folder, "unsupported", f"holds {name}, which manifest.json does not list")
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "metrics.json", "config.yaml"])
+def test_a_known_file_that_the_manifest_does_not_list_is_refused(folder: Path, name: str) -> None:
+    """Whoever looks into the folder would think that it counts."""
+    document = json.loads((folder / "manifest.json").read_text())
+    del document["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(document))
+    refused(folder, "unsupported", f"holds {name}, which manifest.json does not list")
 
 
 HEAD = {"classifier.dense.weight": torch.eye(3), "classifier.dense.bias": torch.ones(3)}
@@ -251,7 +239,7 @@ def test_an_adapter_has_a_head_exactly_if_it_classifies(folder: Path, tmp_path: 
     with_head(tmp_path / "b")
     (tmp_path / "b/head.safetensors").unlink()
     refused(tmp_path / "b", "missing", r"head\.safetensors is missing")
-    sign(tmp_path / "b")
+    write_manifest(tmp_path / "b")
     refused(tmp_path / "b", "missing", "there is no head.safetensors")
 
 
@@ -271,7 +259,7 @@ def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
     }
     for name, (change, reason, message) in cases.items():
         changed = damaged(name, change)
-        sign(changed)
+        write_manifest(changed)
         refused(changed, reason, message)
 
 
@@ -397,7 +385,7 @@ def test_a_missing_file_is_refused(folder: Path, name: str) -> None:
 
 def test_a_config_that_is_no_text_is_refused(folder: Path) -> None:
     (folder / "config.yaml").write_bytes(b"\xff")
-    sign(folder)
+    write_manifest(folder)
     refused(folder, "malformed", "config.yaml is not UTF-8 text")
 
 
@@ -465,7 +453,7 @@ def test_a_huge_file_is_refused_without_being_read(folder: Path) -> None:
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_numbers_that_are_not_finite_are_refused(folder: Path, name: str, value: float) -> None:
     edit_tensors(folder / name, lambda tensors: tensors[sorted(tensors)[0]].view(-1)[-1:].fill_(value))
-    sign(folder)
+    write_manifest(folder)
     refused(folder, "not_finite", f"{name}: .*{FIRST}.* has entries that are not finite")
 
 
@@ -523,7 +511,7 @@ def test_tensors_that_do_not_fit_are_refused(
     folder: Path, name: str, tensor: str, make: Callable[[torch.Tensor], torch.Tensor | None], reason: str, message: str
 ) -> None:
     edit_tensors(folder / name, replace_tensor(tensor, make))
-    sign(folder)
+    write_manifest(folder)
     refused(folder, reason, message)
 
 
@@ -545,7 +533,7 @@ def test_a_posterior_without_the_tensors_it_needs_is_refused(
             del tensors[name]
 
     edit_tensors(tmp_path / "artifact/posterior.safetensors", drop)
-    sign(tmp_path / "artifact")
+    write_manifest(tmp_path / "artifact")
     refused(tmp_path / "artifact", "malformed", message)
 
 
@@ -570,7 +558,7 @@ def test_a_module_may_be_deterministic_beside_others(tmp_path: Path, kind: str) 
         ({"dof": -1.0}, "malformed", "dof=-1.0"),
         ({"floor": -1.0}, "malformed", "floor=-1.0"),
         ({"sigma": 1.0}, "malformed", "kind row needs the tensors rho and beta and the settings"),
-        ({"epsilon": float("nan")}, "malformed", "posterior.json: settings.epsilon"),
+        ({"epsilon": float("nan")}, "malformed", "posterior.json is not JSON: NaN is no number of JSON"),
         ({"epsilon": "large"}, "malformed", "posterior.json: settings.epsilon"),
     ],
 )
@@ -578,7 +566,7 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, settings: dict[str, A
     folder = tmp_path / "artifact"
     write(folder, "row")
     edit_json(folder / "posterior.json", settings={**ROW_SETTINGS, **settings})
-    sign(folder)
+    write_manifest(folder)
     refused(folder, reason, message)
 
 
@@ -632,7 +620,7 @@ def test_documents_that_do_not_fit_are_refused(
     folder: Path, file: str, changes: dict[str, Any], reason: str, message: str
 ) -> None:
     edit_json(folder / file, **changes)
-    sign(folder)
+    write_manifest(folder)
     refused(folder, reason, message)
 
 
@@ -648,7 +636,7 @@ def test_documents_that_do_not_fit_are_refused(
 )
 def test_documents_that_are_not_json_objects_are_refused(folder: Path, name: str, data: bytes, message: str) -> None:
     (folder / name).write_bytes(data)
-    sign(folder)
+    write_manifest(folder)
     refused(folder, "malformed", f"{name} {message}")
 
 
@@ -670,7 +658,7 @@ def test_a_manifest_names_known_files_only(folder: Path, name: str) -> None:
     """A name is compared with the list of known names and never joined to a path before."""
     (folder.parent / "outside").write_text("secret")
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    files[name] = entry(folder.parent / "outside")
+    files[name] = describe(folder.parent / "outside")
     (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "files": files}))
     with pytest.raises(ArtifactError, match="lists unknown files") as caught:
         load_artifact(folder)
@@ -707,10 +695,10 @@ def test_a_pickle_is_never_opened(folder: Path) -> None:
     proof = folder.parent / "executed"
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(pickle.dumps(Payload(proof)))
-    sign(folder)
+    write_manifest(folder)
     refused(folder, "malformed", "adapter_model.safetensors is not a safetensors file")
     weights.rename(folder / "adapter_model.bin")
-    sign(folder)
+    write_manifest(folder)
     refused(folder, "malformed", r"unknown files \['adapter_model.bin'\] and lacks \['adapter_model.safetensors'\]")
     assert not proof.exists()
 

@@ -121,7 +121,7 @@ def test_wrong_usage_is_one_line_and_code_2(credence: Command, arguments: list[s
 def test_errors_are_one_sentence(
     credence: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("credence.adapters.load_artifact", fail)
@@ -130,7 +130,7 @@ def test_errors_are_one_sentence(
 
 
 def test_an_interrupt_has_its_own_code(credence: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("credence.adapters.load_artifact", interrupt)

@@ -43,8 +43,18 @@ def test_unknown_flags_go_to_vllm_in_order(credence: Command, started: list[dict
             "max_adapters": None,
             "adapter_roots": [],
             "adapter_dir": None,
+            "trust": None,
         }
     ]
+
+
+def test_a_trust_file_by_option_or_environment(
+    credence: Command, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CREDENCE_TRUST", "keys")
+    credence("serve", "base", "--adapter", "a=x")
+    credence("serve", "base", "--adapter", "a=x", "--trust", "other")
+    assert [call["trust"] for call in started] == ["keys", "other"]
 
 
 def test_host_and_port_before_base_can_be_given_again(credence: Command, started: list[dict[str, Any]]) -> None:

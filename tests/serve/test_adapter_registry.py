@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from credence.adapters import Artifact
+from credence.serve import adapter_registry
 from credence.serve.adapter_folder import AdapterFolder
 from credence.serve.adapter_registry import AdapterRegistry
 from credence.serve.admin import below_a_root
@@ -83,7 +84,7 @@ class World:
             metrics=Metrics(self.prometheus, []),
             lora_ids=ids,
         )
-        self.canary_error: ServeError | None = None
+        self.canary_error: Exception | None = None
         self.registry = AdapterRegistry(
             config=self.config,
             service=self.service,
@@ -234,7 +235,33 @@ def test_what_outlasts_the_drain_is_aborted(world: World, artifacts: dict[str, A
     run(scenario)
 
 
-@pytest.mark.parametrize("fault", ["artifact", "rank", "modules", "mean", "samples", "canary"])
+def test_a_replaced_version_has_all_the_time_it_needs(
+    world: World, artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a name that is taken away has a limit: a move never costs anybody an answer."""
+    monkeypatch.setattr(adapter_registry, "DEFAULT_DRAIN_S", 0.0)
+
+    async def scenario() -> None:
+        await world.registry.load("triage", artifacts["one"].path)
+        await world.registry.load("other", artifacts["three"].path)
+        go = asyncio.Event()
+        replaced = world.request("triage", go)
+        await asyncio.sleep(0)
+        await world.registry.load("triage", artifacts["two"].path, replace=True)
+        promoted = world.request("triage", go)
+        await asyncio.sleep(0)
+        await world.registry.promote("triage", "other")
+        await asyncio.sleep(0.05)
+        assert not replaced.done() and not promoted.done()
+        go.set()
+        assert (await replaced, await promoted) == (artifacts["one"].digest, artifacts["two"].digest)
+        await world.registry.settled()
+        assert set(world.means.held.values()) == {artifacts["three"].digest}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("fault", ["artifact", "rank", "modules", "mean", "samples", "canary", "crash"])
 def test_a_refusal_changes_nothing(world: World, artifacts: dict[str, Artifact], tmp_path: Path, fault: str) -> None:
     bad = tmp_path / "bad"
     shape: dict[str, Any] = {"rank": {"rank": 9}, "modules": {"modules": ("self_attn.v_proj",)}}.get(fault, {})
@@ -251,10 +278,13 @@ def test_a_refusal_changes_nothing(world: World, artifacts: dict[str, Artifact],
         world.samples.broken = {0} if fault == "samples" else set()
         if fault == "canary":
             world.canary_error = ArtifactRefused("no answer", code="engine")
+        if fault == "crash":
+            world.canary_error = RuntimeError("nobody knows this error")
         for name, replace in (("triage", True), ("fresh", False)):
-            with pytest.raises(ServeError) as caught:
+            with pytest.raises(RuntimeError if fault == "crash" else ServeError) as caught:
                 await world.registry.load(name, bad, replace=replace)
-            assert caught.value.status == (503 if fault == "samples" else 422)
+            if isinstance(caught.value, ServeError):
+                assert caught.value.status == (503 if fault == "samples" else 422)
         assert world.registry.get("triage")["digest"] == artifacts["one"].digest
         failed = world.registry.get("fresh")
         assert failed["state"] == "failed" and failed["reason"]
@@ -372,6 +402,46 @@ def test_the_watched_folder(world: World, artifacts: dict[str, Artifact], tmp_pa
         assert await steps() == {"triage": ("ready", artifacts["three"].digest)}
         shutil.rmtree(watched)
         assert "triage" in await steps()
+
+    run(scenario)
+
+
+def test_the_watched_folder_owns_what_came_from_it(
+    world: World, artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    """At the start: a given adapter is not the folder's to take away, and a change during the start is seen."""
+    watched = tmp_path / "watched"
+    shutil.copytree(artifacts["two"].path, watched / "live")
+
+    async def scenario() -> None:
+        await world.registry.load("given", artifacts["three"].path)
+        await world.registry.load("live", artifacts["one"].path)  # the folder's content when the server read it
+        folder = AdapterFolder(watched, world.registry, ["live"])
+        await folder.step()
+        assert {s["name"]: s["digest"] for s in world.registry.list() if s["state"] == "ready"} == {
+            "given": artifacts["three"].digest,
+            "live": artifacts["two"].digest,
+        }
+
+    run(scenario)
+
+
+def test_the_watched_folder_tries_again_when_the_server_was_busy(
+    world: World, artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    watched = tmp_path / "watched"
+    watched.mkdir()
+
+    async def scenario() -> None:
+        folder = AdapterFolder(watched, world.registry)
+        shutil.copytree(artifacts["one"].path, watched / "live")
+        world.samples.broken = {0}
+        for _ in range(3):
+            await folder.step()
+        assert world.registry.get("live")["state"] == "failed"
+        world.samples.broken = set()
+        await folder.step()
+        assert world.registry.get("live")["state"] == "ready"
 
     run(scenario)
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from credence.adapters import Artifact, BaseModelRef, merge
+from credence.adapters import Artifact, BaseModelRef, generate_key, merge, save_key, sign
 from credence.adapters.merged import MODEL_NAME
 from credence.serve import launcher
 from credence.serve.config import CONFIG_VARIABLE, ServeConfig, from_environment
@@ -54,6 +54,11 @@ def test_a_damaged_artifact_is_refused_with_the_reason_and_nothing_is_kept(artif
 def test_names(artifact: Artifact, tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigurationError, match="must match"):
         launcher.verify({name: str(artifact.path)}, tmp_path / "store")
+
+
+def test_a_trust_file_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--trust: the trust file .*nothing cannot be read"):
+        launcher.main("base", {}, trust=str(tmp_path / "nothing"))
 
 
 def test_no_adapter(tmp_path: Path) -> None:
@@ -219,8 +224,15 @@ def test_the_whole_command_line(
         monkeypatch.setenv(name, "")
     model = merged_model(base, tmp_path) if merged else base
     adapters = {} if merged else {"triage": str(artifact.path)}
-    assert launcher.main(str(model), adapters, extra_args=["--seed", "1"]) == 7
+    key = generate_key()
+    trust = save_key(tmp_path / "key", key)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"refused \(unsigned\)"):
+        launcher.main(str(model), adapters, trust=trust.name)
+    sign(model if merged else artifact.path, key)
+    assert launcher.main(str(model), adapters, extra_args=["--seed", "1"], trust=trust.name) == 7
     [(argv, seen)] = started
+    assert seen.trust == str(trust), "absolute, because adapters are loaded while the server runs"
     assert argv[:2] == ["--model", str(model)] and argv[-2:] == ["--seed", "1"]
     assert (list(seen.adapters), seen.merged) == (["triage"], merged)
     assert argv[argv.index("--max-lora-rank") + 1] == ("32" if merged else "16")
