@@ -8,11 +8,11 @@ each piece), `deadline_s` the call. Logger: `credence.clients.calls`, retries at
 
 import logging
 import random
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Generic, TypeVar
 
 import httpx2
@@ -128,7 +128,7 @@ class Call(Generic[_AnswerT]):
         self._request_id = uuid.uuid4().hex
         self._attempts = 0
         self._waited_s = 0.0
-        self._started = time.monotonic()
+        self._started = monotonic()
 
     @property
     def request(self) -> dict[str, Any]:
@@ -241,12 +241,12 @@ class Call(Generic[_AnswerT]):
 
     def _remaining_s(self) -> float:
         deadline_s = self.question.deadline_s
-        return float("inf") if deadline_s is None else self._started + deadline_s - time.monotonic()
+        return float("inf") if deadline_s is None else self._started + deadline_s - monotonic()
 
     def _deadline_exceeded(self, why: str, last: CredenceError | None = None) -> DeadlineExceeded:
         deadline_s = self.question.deadline_s
         assert deadline_s is not None
-        spent_s = time.monotonic() - self._started
+        spent_s = monotonic() - self._started
         attempts = f"{self._attempts} attempt{'s' * (self._attempts != 1)}"
         facts = {} if last is None else {"status": last.status, "code": last.code, "retry_after_s": last.retry_after_s}
         return DeadlineExceeded(

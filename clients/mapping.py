@@ -43,9 +43,11 @@ def map_in_threads(
             return ask(questions[index])
         except CredenceError as error:
             error.add_note(f"question {index} of {len(questions)}")
-            if not return_errors:
-                raise
-            return error
+            if return_errors:
+                return error
+            # Here, because this thread would take the next question before the caller's hears of the error.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
     with _bar(len(questions), options.get("progress")) as advance, ThreadPoolExecutor(_concurrency(options)) as pool:
         futures = [pool.submit(answer, index) for index in range(len(questions))]
@@ -74,9 +76,9 @@ async def map_in_tasks(
             return await ask(questions[index])
         except CredenceError as error:
             error.add_note(f"question {index} of {len(questions)}")
-            if not return_errors:
-                raise
-            return error
+            if return_errors:
+                return error
+            raise
 
     async def work(advance: Callable[[], None]) -> None:
         for index in waiting:

@@ -1,7 +1,7 @@
 """Answers as a Credence server sends them, for a hand-written transport."""
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx2
@@ -76,9 +76,12 @@ def events(*documents: dict[str, Any] | str) -> bytes:
 
 
 class Body(httpx2.SyncByteStream, httpx2.AsyncByteStream):
-    """A body that arrives in the given pieces; an exception among them is raised in its place. Remembers whether it was closed."""
+    """A body that arrives in the given pieces. An exception among them is raised in its place, a function called before the next.
 
-    def __init__(self, *pieces: bytes | Exception) -> None:
+    Remembers whether it was closed.
+    """
+
+    def __init__(self, *pieces: bytes | Exception | Callable[[], None]) -> None:
         self.pieces = pieces
         self.taken = 0
         self.closed = False
@@ -88,7 +91,10 @@ class Body(httpx2.SyncByteStream, httpx2.AsyncByteStream):
             self.taken += 1
             if isinstance(piece, Exception):
                 raise piece
-            yield piece
+            if callable(piece):
+                piece()
+            else:
+                yield piece
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self:
@@ -101,7 +107,7 @@ class Body(httpx2.SyncByteStream, httpx2.AsyncByteStream):
         self.closed = True
 
 
-def stream(*pieces: bytes | Exception, **headers: str) -> httpx2.Response:
+def stream(*pieces: bytes | Exception | Callable[[], None], **headers: str) -> httpx2.Response:
     """An answer that streams `pieces`; `response.extensions` keeps the `body`, which httpx2 wraps."""
     named = {"Content-Type": "text/event-stream; charset=utf-8"} | {
         name.replace("_", "-"): value for name, value in headers.items()
@@ -111,15 +117,17 @@ def stream(*pieces: bytes | Exception, **headers: str) -> httpx2.Response:
 
 
 class Script:
-    """Answers requests with the given responses or exceptions, in order, and remembers the requests."""
+    """Answers requests with the given responses, exceptions or functions that give one, in order, and remembers the requests."""
 
-    def __init__(self, *steps: httpx2.Response | Exception) -> None:
+    def __init__(self, *steps: httpx2.Response | Exception | Callable[[], httpx2.Response | Exception]) -> None:
         self.steps = list(steps)
         self.requests: list[httpx2.Request] = []
 
     def __call__(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)
         step = self.steps.pop(0)
+        if callable(step):
+            step = step()
         if isinstance(step, Exception):
             raise step
         return step
