@@ -2,7 +2,7 @@
 
 ServeError
 ├── BadRequest         400  the request cannot be served as asked (``param`` names the field)
-├── NotFound           404  no such model
+├── NotFound           404  no such model or route
 ├── PayloadTooLarge    413  the body is over the limit
 ├── Unavailable        503  overloaded, draining, or a sample could not be loaded; retry later
 ├── EnsembleFailed     500  the engine did not deliver what an exact answer needs
@@ -59,8 +59,8 @@ class NotFound(ServeError):
     status = 404
     kind = "NotFoundError"
 
-    def __init__(self, message: str, *, param: str | None) -> None:
-        super().__init__(message, param=param, reason="unknown_model")
+    def __init__(self, message: str, *, param: str | None, reason: str = "unknown_model") -> None:
+        super().__init__(message, param=param, reason=reason)
 
 
 class PayloadTooLarge(ServeError):

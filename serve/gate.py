@@ -1,9 +1,9 @@
 """The door of the server: an ASGI middleware in front of vLLM's untouched application.
 
 A request without ``uncertainty`` passes through byte for byte and is only timed. A request with it never reaches vLLM's own routes: those
-accept unknown fields, so they would answer 200 without any uncertainty. On :data:`SERVED_PATHS` it goes to the backend; anywhere else it is
-a 400 that says so. The door is also where bodies are bounded, a draining server says 503, and with an API key every route but the
-health and metrics ones needs it (vLLM guards /v1 only).
+accept unknown fields, so they would answer 200 without any uncertainty. On :data:`UNCERTAINTY_PATHS` it goes to the backend; on another
+route it is a 400 that says so. The door is also where routes outside the table of credence.serve.routes are a 404, bodies are bounded,
+a draining server says 503, and keys are asked for (vLLM guards /v1 only). What the door learns of a request is noted in its RequestFacts.
 """
 
 import asyncio
@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qs
 
-from credence.serve.errors import BadRequest, PayloadTooLarge, ServeError, Unavailable
+from credence.serve.errors import BadRequest, NotFound, PayloadTooLarge, ServeError, Unavailable
+from credence.serve.facts import CURRENT, RequestFacts
 from credence.serve.metrics import Metrics, k_label, outcome_label
+from credence.serve.routes import SCORE_PATH, UNCERTAINTY_PATHS, Access, Route, find
 from credence.serve.schemas import UncertaintyOptions
 
 logger = logging.getLogger(__name__)
@@ -29,10 +31,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 T = TypeVar("T")
-
-SCORE_PATH = "/v1/uncertainty/score"
-SERVED_PATHS = ("/v1/completions", "/v1/chat/completions", SCORE_PATH)
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +69,7 @@ class Backend(Protocol):
     async def answer(
         self, path: str, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
     ) -> Answer | EventStream:
-        """Answers a body, of one of :data:`SERVED_PATHS`, whose ``uncertainty`` field was taken out; raises ServeError."""
+        """Answers a body, of one of :data:`UNCERTAINTY_PATHS`, whose ``uncertainty`` field was taken out; raises ServeError."""
         ...
 
     def error_of(self, error: Exception) -> ServeError:
@@ -92,54 +90,55 @@ class Gate:
         if backend is None:
             await self.app(scope, receive, send)
             return
-        start = time.perf_counter()
-        sent = _Sent(send)
-        k, mode = 0, "mean"
-        path = scope["path"]
-        status: int | None = None
+        facts = RequestFacts.of(scope)
+        CURRENT.set(facts)
+        sent = _Sent(send, facts)
         try:
-            if not _authorised(scope, backend.api_keys):
-                await _send_json(sent, 401, _unauthorised(), {"WWW-Authenticate": "Bearer"})
-                return
-            if scope["method"] != "POST" or not _is_json(scope):
-                await self.app(scope, receive, sent)
-                return
-            if backend.draining:
-                raise Unavailable("the server is shutting down; send the request to another replica", reason="draining")
-            raw = await _read_body(receive, backend.max_body_bytes)
-            body, options = _uncertainty(scope, raw)
-            if options is None:
-                await self.app(scope, _replay(raw, receive), sent)
-                return
-            mode, k = options.mode, options.n_samples if isinstance(options.n_samples, int) else 0
-            if path not in SERVED_PATHS:
-                raise BadRequest(
-                    f"uncertainty is served on {', '.join(SERVED_PATHS)}, not on {path}", param="uncertainty"
-                )
-            answer = await _unless_disconnected(self._answer(backend, path, body, options, scope), receive)
-            if isinstance(answer, Answer):
-                k = answer.num_samples
-                await _send_json(sent, 200, answer.body, {})
-                return
-            try:
-                await _unless_disconnected(_send_events(sent, answer.events()), receive)
-            finally:
-                k = answer.num_samples
-                await answer.close()
+            await self._serve(backend, facts, scope, receive, sent)
         except _Disconnected:
-            status = 499
+            facts.status = 499
             backend.metrics.client_disconnects.inc()
         except ServeError as error:
-            await _refuse(error, backend, sent)
+            facts.reason = error.reason
+            backend.metrics.rejections.labels(error.reason).inc()
+            if facts.status is None:
+                await _send_json(sent, error.status, error.body(), error.headers())
         finally:
-            if path in SERVED_PATHS and scope["method"] == "POST":
-                status = status or sent.status
-                outcome = "disconnected" if status in (None, 499) else outcome_label(status or 0)
-                labels = (path, mode, k_label(k), outcome)
-                backend.metrics.request_duration_seconds.labels(*labels).observe(time.perf_counter() - start)
-                if sent.first_event is not None:
-                    waited = sent.first_event - start
-                    backend.metrics.time_to_first_token_seconds.labels(mode, k_label(k)).observe(waited)
+            _measure(facts, backend.metrics)
+
+    async def _serve(self, backend: Backend, facts: RequestFacts, scope: Scope, receive: Receive, sent: Send) -> None:
+        path = scope["path"]
+        route = find(path)
+        if route is None:
+            raise NotFound(f"there is no route {scope['method']} {path!r:.120}", param=None, reason="unknown_route")
+        if not _authorised(scope, route, backend.api_keys):
+            await _send_json(sent, 401, _unauthorised(), {"WWW-Authenticate": "Bearer"})
+            return
+        if scope["method"] != "POST" or not _is_json(scope):
+            await self.app(scope, receive, sent)
+            return
+        if backend.draining:
+            raise Unavailable("the server is shutting down; send the request to another replica", reason="draining")
+        raw = await _read_body(receive, backend.max_body_bytes)
+        body, options = _uncertainty(scope, raw)
+        if options is None:
+            await self.app(scope, _replay(raw, receive), sent)
+            return
+        facts.mode, facts.k = options.mode, options.n_samples if isinstance(options.n_samples, int) else 0
+        if path not in UNCERTAINTY_PATHS:
+            raise BadRequest(
+                f"uncertainty is served on {', '.join(UNCERTAINTY_PATHS)}, not on {path}", param="uncertainty"
+            )
+        answer = await _unless_disconnected(self._answer(backend, path, body, options, scope), receive)
+        if isinstance(answer, Answer):
+            facts.k = answer.num_samples
+            await _send_json(sent, 200, answer.body, {})
+            return
+        try:
+            await _unless_disconnected(_send_events(sent, answer.events()), receive)
+        finally:
+            facts.k = answer.num_samples
+            await answer.close()
 
     async def _answer(
         self, backend: Backend, path: str, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
@@ -160,31 +159,44 @@ class _Disconnected(Exception):
 
 
 class _Sent:
-    """Remembers the status that was sent, and when the first event of a stream was."""
+    """Notes the status that was sent, and when the first event of a stream was."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, facts: RequestFacts) -> None:
         self._send = send
+        self._facts = facts
         self._streaming = False
-        self.status: int | None = None
-        self.first_event: float | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self._facts.status = message["status"]
             kind = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
             self._streaming = kind.startswith(b"text/event-stream")
-        elif self._streaming and self.first_event is None and message.get("body"):
-            self.first_event = time.perf_counter()
+        elif self._streaming and self._facts.first_event_s is None and message.get("body"):
+            self._facts.first_event_s = time.perf_counter()
         await self._send(message)
+
+
+def _measure(facts: RequestFacts, metrics: Metrics) -> None:
+    """Counts a request on a path that uncertainty is served on; ``k`` is the number of samples that were used."""
+    if facts.path not in UNCERTAINTY_PATHS or facts.method != "POST":
+        return
+    outcome = "disconnected" if facts.status in (None, 499) else outcome_label(facts.status or 0)
+    k = k_label(facts.k)
+    elapsed = time.perf_counter() - facts.started_s
+    metrics.request_duration_seconds.labels(facts.path, facts.mode, k, outcome).observe(elapsed)
+    if facts.first_event_s is not None:
+        metrics.time_to_first_token_seconds.labels(facts.mode, k).observe(facts.first_event_s - facts.started_s)
 
 
 def _header(scope: Scope, name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
-def _authorised(scope: Scope, keys: tuple[str, ...]) -> bool:
-    if not keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+def _authorised(scope: Scope, route: Route, keys: tuple[str, ...]) -> bool:
+    if route.access is Access.OPEN or scope["method"] == "OPTIONS":
         return True
+    if not keys:
+        return route.access is not Access.ADMIN
     scheme, _, token = _header(scope, b"authorization").partition(" ")
     given = token.strip().encode()
     return scheme.lower() == "bearer" and any([hmac.compare_digest(given, key.encode()) for key in keys])
@@ -295,12 +307,6 @@ async def _unless_disconnected(work: Awaitable[T], receive: Receive) -> T:
 async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _refuse(error: ServeError, backend: Backend, sent: _Sent) -> None:
-    backend.metrics.rejections.labels(error.reason).inc()
-    if sent.status is None:
-        await _send_json(sent, error.status, error.body(), error.headers())
 
 
 async def _send_events(send: Send, events: AsyncIterator[bytes]) -> None:

@@ -10,7 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 K_VALUES = (0, 1, 2, 4, 8, 16, 32)
 OUTCOMES = ("ok", "client_error", "server_error", "disconnected")
-REJECTIONS = ("bad_request", "unknown_model", "too_large", "overload", "draining", "sample_failed", "internal")
+REJECTIONS = (
+    "bad_request", "unknown_model", "unknown_route", "too_large", "overload", "draining", "sample_failed", "internal",
+)  # fmt: skip
 LATENCY_BUCKETS_S = (
     0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.4, 0.6, 1, 1.5, 2.5, 4, 6, 10, 15, 25, 40, 60, 120, 300,
 )  # fmt: skip

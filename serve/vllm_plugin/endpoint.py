@@ -37,8 +37,10 @@ from credence.serve.config import ServeConfig, from_environment
 from credence.serve.engine import EngineLimits
 from credence.serve.ensemble import EnsembleService, Plan, ServedAdapter
 from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, NotFound, ServeError, Unavailable
-from credence.serve.gate import SCORE_PATH, Answer, EventStream, Gate, Scope
+from credence.serve.facts import CURRENT
+from credence.serve.gate import Answer, EventStream, Gate, Scope
 from credence.serve.metrics import Metrics
+from credence.serve.routes import SCORE_PATH
 from credence.serve.schemas import Uncertainty, UncertaintyOptions
 from credence.serve.vllm_plugin.engine_client import CURRENT_RUN, EnsembleClient, GangRunner, VllmSampleEngine
 from credence.serve.vllm_plugin.modes import LABELS_AT_ONCE, Run
@@ -372,7 +374,10 @@ class VllmBackend:
         return Run(ensemble=ensemble, runner=runner, tokenizer=self._tokenizer, max_logprobs=self._max_logprobs)
 
     def observe(self, plan: Plan, uncertainty: Uncertainty) -> None:
-        """Counts an answer in the metrics of its adapter."""
+        """Counts an answer in the metrics of its adapter, and notes it among the facts of the request that this task works for."""
+        facts = CURRENT.get()
+        if facts is not None:
+            facts.uncertainties.append(uncertainty)
         name = plan.adapter.name
         if uncertainty.confidence is not None:
             self.metrics.confidence.labels(name).observe(uncertainty.confidence)

@@ -95,9 +95,9 @@ def backend() -> FakeBackend:
 
 @pytest.fixture
 def app(backend: FakeBackend) -> Gate:
-    paths = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/invocations", "/pause"]
+    paths = ["/v1/completions", "/tokenize", "/v1/responses", "/v1/messages", "/invocations", "/pause"]
     routes = [Route(path, echo, methods=["POST"]) for path in paths]
-    routes += [Route("/stream", stream, methods=["POST"]), Route("/livez", lambda _: JSONResponse({}))]
+    routes += [Route("/v1/chat/completions", stream, methods=["POST"]), Route("/livez", lambda _: JSONResponse({}))]
     return Gate(Starlette(routes=routes), backend=lambda scope: backend)
 
 
@@ -133,7 +133,7 @@ def test_requests_without_uncertainty_pass_byte_for_byte(app: Gate, backend: Fak
 
 
 def test_a_stream_passes_the_gate(app: Gate) -> None:
-    assert post(app, "/stream", b"{}").text == "data: 0\n\ndata: 1\n\ndata: 2\n\n"
+    assert post(app, "/v1/chat/completions", b"{}").text == "data: 0\n\ndata: 1\n\ndata: 2\n\n"
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,24 @@ def test_uncertainty_goes_to_the_backend(
     assert backend.count("credence_request_duration_seconds_count", **labels) == 1
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/embeddings", "/invocations", "/elsewhere"])
 @pytest.mark.parametrize("query", ["", "?uncertainty=true"])
-def test_uncertainty_is_never_ignored_on_other_routes(app: Gate, backend: FakeBackend, path: str, query: str) -> None:
-    response = post(app, path + query, {"model": "triage"} if query else {"model": "triage", "uncertainty": True})
+def test_uncertainty_is_never_ignored_on_other_routes(app: Gate, backend: FakeBackend, query: str) -> None:
+    content = {"model": "triage"} if query else {"model": "triage", "uncertainty": True}
+    response = post(app, "/tokenize" + query, content)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "uncertainty"
     assert "/v1/completions" in response.json()["error"]["message"]
     assert not backend.calls
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/responses", "/v1/messages", "/invocations", "/pause", "/v1/completions/", "//v1/completions", "/"]
+)
+def test_routes_outside_the_table_do_not_exist(app: Gate, path: str) -> None:
+    """The application behind the gate answers several of these."""
+    response = post(app, path, {"model": "triage"})
+    assert response.status_code == 404
+    assert "no route" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -248,10 +258,10 @@ def test_failures_keep_the_envelope(
     ("path", "header", "status"),
     [
         ("/v1/completions", {}, 401),
-        ("/pause", {}, 401),
-        ("/pause", {"authorization": "Bearer wrong"}, 401),
-        ("/pause", {"authorization": "secret"}, 401),
-        ("/pause", {"authorization": "Bearer secret"}, 200),
+        ("/tokenize", {}, 401),
+        ("/tokenize", {"authorization": "Bearer wrong"}, 401),
+        ("/tokenize", {"authorization": "secret"}, 401),
+        ("/tokenize", {"authorization": "Bearer secret"}, 200),
     ],
 )
 def test_every_route_needs_the_key(

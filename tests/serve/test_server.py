@@ -180,11 +180,14 @@ def test_nobody_can_forge_a_gang(server: Server) -> None:
     assert "reserved" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses", "/v1/messages", "/invocations"])
-def test_other_routes_do_not_ignore_uncertainty(server: Server, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/tokenize", 400), ("/v1/embeddings", 404), ("/v1/responses", 404), ("/v1/messages", 404), ("/invocations", 404)],
+)
+def test_other_routes_do_not_ignore_uncertainty(server: Server, path: str, status: int) -> None:
     response = server.client.post(path, json={"model": "diag", "prompt": PROMPT, "input": PROMPT, "uncertainty": True})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "uncertainty"
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == ("uncertainty" if status == 400 else None)
 
 
 def test_sampling_is_reproducible_and_follows_the_request(server: Server) -> None:
