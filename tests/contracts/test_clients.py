@@ -1,6 +1,7 @@
 """Our two clients against the real server, and against stock vLLM."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -113,11 +114,36 @@ def test_errors_name_the_field(connect: Connect, server: Server) -> None:
             assert (bad.value.status, bad.value.param) == (400, "uncertainty.n_samples")
 
 
-def test_a_deadline_that_passes(connect: Connect, server: Server) -> None:
-    with connect(server.url) as client, pytest.raises(DeadlineExceeded) as caught:
-        client.complete(PROMPT, model="diag", uncertainty=True, max_tokens=150, min_tokens=150, deadline_s=0.02)
-    assert caught.value.attempts == 1 and caught.value.deadline_s == 0.02
-    assert server.client.get("/readyz").status_code == 200
+def wait_for(server: Server, metric: str, value: float) -> None:
+    deadline = time.monotonic() + 30
+    while (found := server.metric(metric)) != value:
+        assert time.monotonic() < deadline, f"{metric} is {found}, not {value}"
+        time.sleep(0.02)
+
+
+def test_what_is_given_up_ends_on_the_server(server: Server) -> None:
+    """A cancelled task, a stream that is left, a deadline: the server notes a disconnect and works on nothing any more."""
+    long: dict[str, Any] = {"model": "diag", "uncertainty": True, "n_samples": 8, "max_tokens": 180, "min_tokens": 180}
+    before = server.metric("credence_client_disconnects_total")
+
+    async def cancel() -> None:
+        async with AsyncClient(server.url) as client:
+            task = asyncio.create_task(client.complete("w1", **long))
+            await asyncio.to_thread(wait_for, server, "credence_inflight_requests", 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(cancel())
+    wait_for(server, "credence_client_disconnects_total", before + 1)
+    with Client(server.url) as client:
+        with client.stream_complete("w1", **long) as stream:
+            next(stream)
+        wait_for(server, "credence_client_disconnects_total", before + 2)
+        with pytest.raises(DeadlineExceeded):
+            client.complete("w1", deadline_s=0.1, **long)
+        wait_for(server, "credence_client_disconnects_total", before + 3)
+    wait_for(server, "credence_inflight_requests", 0)
 
 
 def test_an_overloaded_server_is_asked_again(server: Server) -> None:
