@@ -1,6 +1,8 @@
 """Many questions, some at once: in threads and in tasks, with a progress bar."""
 
 import asyncio
+import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -38,6 +40,17 @@ def map_in_threads(
         ValueError: concurrency is not a whole number of 1 or more.
     """
 
+    answers: dict[int, _AnswerT | CredenceError] = {}
+    waiting, lock = iter(range(len(questions))), threading.Lock()
+
+    def take() -> int | None:
+        with lock:
+            return next(waiting, None)
+
+    def begin_no_more() -> None:
+        with lock:
+            deque(waiting, maxlen=0)
+
     def answer(index: int) -> _AnswerT | CredenceError:
         try:
             return ask(questions[index])
@@ -45,19 +58,23 @@ def map_in_threads(
             error.add_note(f"question {index} of {len(questions)}")
             if return_errors:
                 return error
-            # Here, because this thread would take the next question before the caller's hears of the error.
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Here, because the threads would take others before the caller's hears of it.
+            begin_no_more()
             raise
 
+    def work(advance: Callable[[], None]) -> None:
+        while (index := take()) is not None:
+            answers[index] = answer(index)
+            advance()
+
     with _bar(len(questions), options.get("progress")) as advance, ThreadPoolExecutor(_concurrency(options)) as pool:
-        futures = [pool.submit(answer, index) for index in range(len(questions))]
+        workers = [pool.submit(work, advance) for _ in range(min(_concurrency(options), len(questions)))]
         try:
-            for future in as_completed(futures):
-                future.result()
-                advance()
+            for worker in as_completed(workers):
+                worker.result()
         finally:
-            pool.shutdown(cancel_futures=True)
-    return [future.result() for future in futures]
+            begin_no_more()
+    return [answers[index] for index in range(len(questions))]
 
 
 async def map_in_tasks(

@@ -132,6 +132,11 @@ def test_the_first_error_is_raised_and_ends_the_map(client: Connect) -> None:
     assert len(echo.bodies) == 2
 
 
+def test_an_error_may_come_before_the_last_question_is_handed_out(client: Connect) -> None:
+    with pytest.raises(BadRequestError, match="bad"):
+        client(Echo()).map(["bad"] * 3000, model="m", concurrency=8)
+
+
 def test_errors_can_be_had_in_their_places(client: Connect) -> None:
     answers = client(Echo()).map(
         ["a", "bad 1", "b", "bad 3"], model="m", uncertainty=False, return_errors=True, concurrency=2
