@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from credence.cli import (
+    adapters,
     artifact,
     bench,
     complete,
@@ -59,6 +60,7 @@ app.command("export")(export.export)
 app.command(
     "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )(harness.lm_eval)
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(bench.app, name="bench")
 app.add_typer(keys.app, name="keys")
 

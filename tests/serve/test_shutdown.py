@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from credence.adapters import Artifact
-from tests.serve.conftest import ENVIRONMENT, Server, credence_command, start
+from tests.servers import ENVIRONMENT, Server, credence_command, start
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
