@@ -29,6 +29,7 @@ class ServeConfig(BaseModel):
         max_inflight_rows: member rows in flight before requests get 503.
         max_scored_rows: largest number of (sample, token) pairs that one text may be scored on; a worker holds a hidden state for each.
         max_body_bytes: largest request body.
+        readiness_timeout_s: how long /readyz waits for its own small request.
         state_dir: private folder of this server: verified artifact copies.
         stats_dir: tmpfs folder of this server: one statistics file per running ensemble.
     """
@@ -43,6 +44,7 @@ class ServeConfig(BaseModel):
     max_inflight_rows: Annotated[int, Field(ge=1)] = 1024
     max_scored_rows: Annotated[int, Field(ge=1)] = 65536
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
+    readiness_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     state_dir: str
     stats_dir: str
 

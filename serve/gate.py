@@ -32,6 +32,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 T = TypeVar("T")
 
+STALLED_S = 60.0
+"""How long a stream with uncertainty waits for a reader that reads nothing (seconds)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -169,6 +172,10 @@ class _Sent:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._facts.status = message["status"]
+            if message["status"] in (429, 503) and all(
+                name.lower() != b"retry-after" for name, _ in message["headers"]
+            ):
+                message["headers"] = [*message["headers"], (b"retry-after", b"1")]  # vLLM's own refusals have none
             kind = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
             self._streaming = kind.startswith(b"text/event-stream")
         elif self._streaming and self._facts.first_event_s is None and message.get("body"):
@@ -310,10 +317,15 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 async def _send_events(send: Send, events: AsyncIterator[bytes]) -> None:
+    """Sends events as fast as they are read. A reader that stops is treated as gone: its answer holds samples that others wait for."""
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     async for event in events:
-        await send({"type": "http.response.body", "body": event, "more_body": True})
+        try:
+            async with asyncio.timeout(STALLED_S):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except TimeoutError:
+            raise _Disconnected from None
     await send({"type": "http.response.body", "body": b""})
 
 

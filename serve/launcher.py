@@ -4,13 +4,17 @@ import os
 import secrets
 import shutil
 import tempfile
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from credence.adapters import Artifact, ArtifactError, is_merged, load_artifact, load_merged
 from credence.serve.config import ADAPTER_NAME, CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from credence.serve.errors import ConfigurationError
+from credence.serve.preflight import Checks, Memory, Row, check_memory, check_modules, check_port, read_base
 
+REFUSED = 2
+"""Exit code of ``--check`` where the server would not start."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -25,6 +29,9 @@ def main(
     default_samples: int = 8,
     max_samples: int = 32,
     sample_slots: int | None = None,
+    max_inflight_rows: int = 1024,
+    readiness_timeout_s: float = 5.0,
+    checks: Checks | None = None,
 ) -> int:
     """Serves ``base`` with Bayesian adapters until a signal.
 
@@ -35,48 +42,109 @@ def main(
         extra_args: any flags of vLLM's server.
         default_samples, max_samples: K when a request does not say, and the largest K.
         sample_slots: samples that the workers keep; at least ``max_samples``.
+        max_inflight_rows: samples x sequences that are answered at once.
+        readiness_timeout_s: how long /readyz waits for its own request.
+        checks: notes what the checks find; those that keep going make all of them, and no server is started.
 
     Returns:
-        The process's exit code.
+        The process's exit code; with checks that keep going 0, or 2 if one found a problem.
 
     Raises:
         ConfigurationError: the server cannot start like this; nothing was started.
     """
+    checks = checks or Checks()
     state = Path(tempfile.mkdtemp(prefix="credence-serve-"))
     stats = Path(tempfile.mkdtemp(prefix="credence-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else state))
     try:
         merged = is_merged(base)
         dtype: str | None = None
+        stored: dict[str, str] = {}
+        rank, modules = 1, set[str]()
         if merged:
-            stored, rank, modules, dtype = verify_merged(base, adapters, state / "artifacts", extra_args)
-        else:
-            stored, rank, modules = verify(adapters, state / "artifacts")
+            with checks.step("merged model") as row:
+                stored, rank, names, dtype = verify_merged(base, adapters, state / "artifacts", extra_args)
+                modules, row.found = set(names), f"{next(iter(stored))}, rank {rank}, {dtype}"
+        elif not adapters:
+            raise ConfigurationError("no adapter given; pass --adapter NAME=DIR at least once")
+        for name, path in adapters.items() if not merged else ():
+            with checks.step(f"adapter {name}") as row:
+                copies, its_rank, names = verify({name: path}, state / "artifacts")
+                stored, rank, modules = stored | copies, max(rank, its_rank), modules | set(names)
+                row.found = f"verified, rank {its_rank}, {len(names)} kinds of layers"
+        keys: list[str] = []
+        with checks.step("API key") as row:
+            keys = api_keys(api_key_file)
+            row.found = f"one key in {api_key_file}" if keys else "none: everybody may ask"
+        if checks.keep_going:
+            with checks.step("address") as row:
+                row.found = check_port(host, port)
+        if not stored:  # only with keep_going: nothing is left to be served
+            return REFUSED
         config = ServeConfig(
             adapters=stored,
             merged=merged,
             default_samples=min(default_samples, max_samples),
             max_samples=max_samples,
             sample_slots=sample_slots,
+            max_inflight_rows=max_inflight_rows,
+            readiness_timeout_s=readiness_timeout_s,
             state_dir=str(state),
             stats_dir=str(stats),
         )
-        set_environment(config, api_keys(api_key_file))
+        set_environment(config, keys)
         # Imported here: importing vLLM reads the environment.
         from credence.serve.vllm_plugin import server
 
-        argv = ["--model", base, "--host", host, "--port", str(port)]
-        argv += defaults(
-            config,
-            rank=server.smallest_lora_rank(rank),
-            modules=modules,
-            scheduler=server.SCHEDULER,
-            given=extra_args,
-            dtype=dtype,
-        )
-        return server.run([*argv, *extra_args])
+        argv: list[str] = []
+        with checks.step("rank") as row:
+            allowed = server.smallest_lora_rank(rank)
+            row.found = f"largest {rank}, --max-lora-rank {allowed}"
+            argv = ["--model", base, "--host", host, "--port", str(port)]
+            argv += defaults(
+                config,
+                rank=allowed,
+                modules=sorted(modules),
+                scheduler=server.SCHEDULER,
+                given=extra_args,
+                dtype=dtype,
+            )
+            argv += extra_args
+        args: Namespace | None = None
+        with checks.step("vLLM's flags") as row:
+            args = server.parse(argv)
+            row.found = f"K up to {max_samples}: --max-num-seqs {args.max_num_seqs or 'automatic'}, --max-loras {args.max_loras}"
+        if args is not None:
+            check_model(checks, config, args, sorted(modules), server.memory(args))
+        if checks.keep_going:
+            return REFUSED if checks.refused else 0
+        assert args is not None
+        return server.run(args)
     finally:
         shutil.rmtree(stats, ignore_errors=True)
         shutil.rmtree(state, ignore_errors=True)
+
+
+def check_model(checks: Checks, config: ServeConfig, args: Namespace, modules: Sequence[str], memory: Memory) -> None:
+    """Checks the adapters and the memory against the base model, where its config.json is on this machine."""
+    model = read_base(args.model, revision=args.revision, dtype=args.dtype)
+    if model is None:
+        checks.rows.append(Row(name="base model"))
+        return
+    if not config.merged:  # a merged model's own check has compared them
+        for name, folder in config.adapters.items():
+            with checks.step(f"layers of {name}") as row:
+                row.found = check_modules(name, folder, model)
+    with checks.step("memory") as row:
+        row.found = check_memory(
+            model,
+            memory,
+            rank=args.max_lora_rank,
+            modules=modules,
+            slots=args.max_loras,
+            samples=args.max_cpu_loras or args.max_loras,
+            k=config.max_samples,
+            max_len=args.max_model_len or model.max_model_len,
+        )
 
 
 def verify(adapters: Mapping[str, str], store: Path) -> tuple[dict[str, str], int, list[str]]:
