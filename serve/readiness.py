@@ -68,6 +68,7 @@ class Readiness:
     async def _probe(self) -> str | None:
         started = self._clock()
         work = asyncio.ensure_future(self._ask())
+        work.add_done_callback(_forget)
         # Not wait_for: a question whose clean-up hangs must not hold the probe.
         await asyncio.wait({work}, timeout=self._limit_s)
         problem: str | None = f"an ensemble request was not answered within {self._limit_s:g} s"
@@ -90,3 +91,9 @@ class Readiness:
 
     def _ended(self, task: "asyncio.Task[str | None]") -> None:
         self._running = None
+
+
+def _forget(question: "asyncio.Future[None]") -> None:
+    """A question that is given up may fail later; nobody waits for it any more."""
+    if not question.cancelled():
+        question.exception()
