@@ -262,7 +262,7 @@ def _uncertainty(scope: Scope, raw: bytes) -> tuple[dict[str, Any], UncertaintyO
         return {}, None
     try:
         body = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         if score:
             raise BadRequest("the body is not valid JSON", param=None) from None
         return {}, None  # vLLM's own answer to a body that is not JSON
@@ -330,7 +330,10 @@ async def _send_events(send: Send, events: AsyncIterator[bytes]) -> None:
 
 
 async def _send_json(send: Send, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
-    data = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data = text.encode(
+        errors="backslashreplace"
+    )  # half of a surrogate pair, as the client sent it, is an escape of JSON
     lines = {"content-type": "application/json", "content-length": str(len(data)), **headers}
     encoded = [(name.lower().encode(), value.encode("latin-1")) for name, value in lines.items()]
     await send({"type": "http.response.start", "status": status, "headers": encoded})

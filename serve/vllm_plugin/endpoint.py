@@ -15,6 +15,7 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +24,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY, CollectorRegistry
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import State
+from starlette.exceptions import HTTPException
 from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -100,6 +102,8 @@ class CredenceEndpointPlugin:
             return JSONResponse({"status": problem or "ready"}, status_code=503 if problem else 200, headers=headers)
 
         app.include_router(router)
+        app.openapi = _openapi
+        app.add_exception_handler(HTTPException, _refused_by_the_framework)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Loads the adapters, draws their resident samples and opens the gate.
@@ -490,6 +494,21 @@ def _from_envelope(response: ErrorResponse) -> ServeError:
     if error.status < 500:
         error.reason = "bad_request"
     return error
+
+
+async def _refused_by_the_framework(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's own refusals (no such method, a body that cannot be read) in the envelope that all other errors have."""
+    assert isinstance(error, HTTPException)
+    refusal = ServeError(str(error.detail))
+    refusal.status, refusal.kind = error.status_code, HTTPStatus(error.status_code).phrase
+    return JSONResponse(refusal.body(), status_code=error.status_code, headers=dict(error.headers or {}))
+
+
+def _openapi() -> dict[str, Any]:
+    # Imported when it is asked for: the document names this module's own models.
+    from credence.serve.vllm_plugin.openapi import document
+
+    return document()
 
 
 def watch_shutdown(engine_client: EngineClient, backend: VllmBackend) -> None:

@@ -26,11 +26,12 @@ from credence.serve.schemas import UncertaintyOptions
 class FakeBackend:
     """Records what reaches it and answers at once, after ``delay_s``, or with ``failure``."""
 
+    max_body_bytes = 4096
+
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry, [("triage", "ivon", "sha256:" + "a" * 64)])
         self.draining = False
-        self.max_body_bytes = 4096
         self.api_keys: tuple[str, ...] = ()
         self.calls: list[tuple[dict[str, Any], UncertaintyOptions]] = []
         self.failure: Exception | None = None
