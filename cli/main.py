@@ -24,6 +24,7 @@ from credence.cli import (
     harness,
     importer,
     keys,
+    openapi,
     reproduce,
     robustness,
     score,
@@ -54,6 +55,7 @@ app.command(
     "serve",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},
 )(serve.serve)
+app.command("openapi")(openapi.openapi)
 app.command("complete")(complete.complete)
 app.command("score")(score.score)
 app.command("export")(export.export)

@@ -40,6 +40,7 @@ class ServeConfig(BaseModel):
         return_samples: whether ``uncertainty.return_samples`` is permitted at all.
         audit_log: file of the audit log; None for none.
         trust: absolute path of the trust file; an artifact must then be signed by one of its keys. None accepts unsigned ones.
+        readiness_timeout_s: how long /readyz waits for its own small request.
         state_dir: private folder of this server: verified artifact copies.
         stats_dir: tmpfs folder of this server: one statistics file per running ensemble.
     """
@@ -65,6 +66,7 @@ class ServeConfig(BaseModel):
     return_samples: bool = True
     audit_log: str | None = None
     trust: str | None = None
+    readiness_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     state_dir: str
     stats_dir: str
 

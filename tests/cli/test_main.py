@@ -24,6 +24,7 @@ COMMANDS = (
     "reproduce",
     "robustness",
     "serve",
+    "openapi",
     "complete",
     "score",
 )
