@@ -41,6 +41,8 @@ class TokenUncertainty(_Answer):
         logprob: Log-probability of the token under the average of the samples.
         top_logprob: That of the average's most likely token, in a text that was read (not with mode `ensemble`); equal to
             `logprob` where greedy decoding of the average would say this token.
+        member_logprobs: The token's log-probability under each sample, with `return_samples`; None where a sample gives it
+            probability 0.
     """
 
     token: str
@@ -50,6 +52,7 @@ class TokenUncertainty(_Answer):
     epistemic: FiniteFloat
     aleatoric: FiniteFloat | None = None
     variation_ratio: FiniteFloat | None = None
+    member_logprobs: tuple[FiniteFloat | None, ...] | None = None
 
 
 class ChoiceProbability(_Answer):

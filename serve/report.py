@@ -41,7 +41,9 @@ def describe(
         confidence=confidence,
         calibrated=calibrated,
         auto=auto,
-        tokens=token_details(table, tokens, read=plan.options.mode == "score")
+        tokens=token_details(
+            table, tokens, read=plan.options.mode == "score", members=plan.options.return_samples
+        )
         if plan.options.granularity == "token"
         else None,
         samples=[Sample(index=index, mean_logprob=_finite(value)) for index, value in enumerate(members.tolist())],
@@ -93,7 +95,7 @@ def describe_agreement(
     if table is not None:
         scores = _sequence(table)
         if plan.options.granularity == "token":
-            scores["tokens"] = token_details(table, tokens, read=True)
+            scores["tokens"] = token_details(table, tokens, read=True, members=plan.options.return_samples)
     return _uncertainty(
         plan,
         num_samples,
@@ -129,8 +131,15 @@ def sequence_confidence(plan: Plan, table: StepTable) -> tuple[float, bool]:
     return math.exp(min(float(table.log_prob.mean()), 0.0)), False
 
 
-def token_details(table: StepTable, tokens: Sequence[str], *, read: bool = False) -> list[TokenUncertainty]:
-    """Scores of every token; of a text that was read also those of the token that would have been the most likely."""
+def token_details(
+    table: StepTable, tokens: Sequence[str], *, read: bool = False, members: bool = False
+) -> list[TokenUncertainty]:
+    """Scores of every token.
+
+    Args:
+        read: the text was read, not written by the average: add the log-probability of the token that would have been the most likely.
+        members: add each sample's log-probability of the token.
+    """
     return [
         TokenUncertainty(
             token=token,
@@ -140,6 +149,7 @@ def token_details(table: StepTable, tokens: Sequence[str], *, read: bool = False
             aleatoric=float(table.aleatoric[step]),
             epistemic=float(table.epistemic[step]),
             variation_ratio=float(table.variation_ratio[step]),
+            member_logprobs=[_finite(value) for value in table.member_log_probs[step].tolist()] if members else None,
         )
         for step, token in enumerate(tokens)
     ]

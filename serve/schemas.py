@@ -129,7 +129,10 @@ class SequenceUncertainty(_Response):
 
 
 class TokenUncertainty(_Response):
-    """Scores of one token, nats; ``top_logprob``, of the average's most likely token, only of a text that was read."""
+    """Scores of one token, nats; ``top_logprob``, of the average's most likely token, only of a text that was read.
+
+    ``member_logprobs`` (``return_samples``): the token's log-probability under each sample; None where a sample gives it probability 0.
+    """
 
     token: str
     logprob: float
@@ -138,6 +141,7 @@ class TokenUncertainty(_Response):
     aleatoric: float
     epistemic: float
     variation_ratio: float
+    member_logprobs: list[float | None] | None = None
 
 
 class ChoiceProbability(_Response):

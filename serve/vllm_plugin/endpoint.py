@@ -35,7 +35,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from credence.serve import admin
+from credence.serve import admin, playground
 from credence.serve.adapter_folder import AdapterFolder
 from credence.serve.adapter_registry import AdapterRegistry
 from credence.serve.audit import AuditLog
@@ -102,7 +102,7 @@ class CredenceEndpointPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds the gate and the routes /v1/models, /livez and /readyz."""
+        """Adds the gate, the playground, and the routes /v1/models, /livez and /readyz."""
         app.state.credence = None
         app.state.credence_drain = Drain()
         app.add_middleware(Gate, backend=lambda scope: scope["app"].state.credence)
@@ -130,6 +130,7 @@ class CredenceEndpointPlugin:
                 lambda request: request.app.state.credence.config.adapter_roots,
             )
         )
+        app.include_router(playground.router())
         app.include_router(router)
         app.openapi = _openapi  # type: ignore[method-assign]
         app.add_exception_handler(HTTPException, _refused_by_the_framework)

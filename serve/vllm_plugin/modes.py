@@ -120,7 +120,7 @@ class Run:
             return []
         self._told[index] = len(gang.token_ids)
         texts = token_texts(self._tokenizer, gang.prompt_token_ids + gang.token_ids[:start], gang.token_ids[start:])
-        return token_details(gang.table(start), texts)
+        return token_details(gang.table(start), texts, members=self.plan.options.return_samples)
 
     async def _noting_errors(self, outputs: Outputs) -> Outputs:
         try:

@@ -112,3 +112,14 @@ def test_an_old_artifact_keeps_its_temperature(artifact: Artifact, tmp_path: Pat
         seed=0,
     )
     assert sequence_confidence(plan, table()) == (pytest.approx(math.exp(-0.8)), True)
+
+
+def test_the_tokens_log_probability_under_each_sample_comes_with_return_samples_only(artifact: Artifact) -> None:
+    recorded = table()
+    recorded.member_log_probs[:] = [[-0.25, -math.inf], [-1.5, -0.125]]
+    token = {"granularity": "token"}
+    with_samples = describe(plan_of(artifact, **token, return_samples=True), 2, recorded, ["a", "b"]).to_json()
+    assert [entry["member_logprobs"] for entry in with_samples["tokens"]] == [[-0.25, None], [-1.5, -0.125]]
+    without = describe(plan_of(artifact, **token), 2, recorded, ["a", "b"]).to_json()
+    assert all("member_logprobs" not in entry for entry in without["tokens"])
+    assert "tokens" not in describe(plan_of(artifact, return_samples=True), 2, recorded, ["a", "b"]).to_json()
