@@ -70,6 +70,7 @@ class Page:
         page = cls(socket, browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
+        page.call("Emulation.setFocusEmulationEnabled", enabled=True)
         return page
 
     def call(self, method: str, **params: Any) -> Any:

@@ -169,13 +169,14 @@ function drawSummary(answer) {
     const kind = found.mode === "generate" ? "agreement" : found.calibrated ? "calibrated" : "not calibrated";
     rows.push(
       ["confidence", found.confidence === null ? "none" : [found.confidence.toFixed(3), ` ${kind}`]],
-      ["flag", found.flag.replace("_", " "), found.flag === "ok" ? "good" : "bad"],
+      answer.values.threshold === null ? ["flag", ["none", " no threshold given"]] : ["flag", found.flag.replace("_", " "), found.flag === "ok" ? "good" : "bad"],
       ["epistemic", score(found.epistemic)], ["aleatoric", score(found.aleatoric)], ["total", score(found.total)],
       ["samples", [String(found.n_effective), ` of ${found.n_samples}, τ ${Number(found.tau.toPrecision(3))}`]],
       ["adapter", [found.adapter.name, ` ${found.adapter.digest.slice(0, 15)}`], "", found.adapter.digest],
     );
   }
-  rows.push(["first token", answer.first === null ? "none" : ms(answer.first)], ["total time", ms(performance.now() - answer.started)]);
+  const first = answer.first === null ? "" : `, first token after ${ms(answer.first)}`;
+  rows.push(["time", [ms(performance.now() - answer.started), first]]);
   at("summary").replaceChildren(
     ...rows.map(([name, value, kind = "", title = ""]) => {
       const [main, unit = ""] = Array.isArray(value) ? value : [value];
@@ -199,6 +200,8 @@ async function send() {
   at("send").disabled = true;
   at("stop").disabled = false;
   at("status").textContent = "asking …";
+  // On a phone the answer lies below the form.
+  if (matchMedia("(max-width: 820px)").matches) at("answer-title").scrollIntoView();
   try {
     for await (const chunk of ask(path, body, at("key").value, abort.signal)) {
       if (answer.first === null) at("status").textContent = "answering …";
@@ -246,7 +249,7 @@ async function showCurve() {
   const mode = at("mode").value;
   try {
     const points = latencyByK(await metricsText(), mode);
-    at("curve").replaceChildren(...(points.length ? [curve(points)] : []));
+    at("curve").replaceChildren(...(points.length ? [curve(points, at("curve").clientWidth)] : []));
     const count = points.reduce((sum, point) => sum + point.count, 0);
     at("curve-info").textContent = points.length
       ? `${count} answers of the mean and of mode ${mode} since the server started, from its own metrics.`

@@ -57,10 +57,17 @@ export function dots(logprobs, average) {
 
 const inMs = (seconds) => (seconds < 0.9995 ? `${Math.round(1000 * seconds)} ms` : `${seconds.toFixed(2)} s`);
 
-// points: [{k, count, mean, p95}]; the places on the x axis are the values of k in order.
-export function curve(points) {
-  const [width, height, left, bottom, top] = [520, 220, 58, 40, 14];
-  const most = Math.max(...points.flatMap(({ mean, p95 }) => [mean, p95])) * 1.08;
+// The smallest of 1, 2, 2.5, 5 x 10^n of which four steps reach the value.
+function niceStep(value) {
+  const power = 10 ** Math.floor(Math.log10(value / 4));
+  return [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((step) => 4 * step >= value);
+}
+
+// points: [{k, count, mean, p95}]; the places on the x axis are the values of k in order. Drawn to the width it has, in CSS pixels.
+export function curve(points, space) {
+  const width = Math.min(Math.max(space, 280), 640);
+  const [height, left, bottom, top] = [220, 58, 40, 14];
+  const most = 4 * niceStep(Math.max(...points.flatMap(({ mean, p95 }) => [mean, p95])));
   const gap = (width - left - 24) / Math.max(points.length - 1, 1);
   const x = (index) => left + 12 + (points.length > 1 ? index * gap : gap / 2);
   const y = (seconds) => top + (1 - seconds / most) * (height - top - bottom);

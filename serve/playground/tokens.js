@@ -78,6 +78,7 @@ export class Tokens {
   show(index) {
     const { text, scores, logprob, alternatives } = this.entries[index];
     this.hide();
+    if (!scores && logprob === undefined) return;
     this.list.children[index].classList.add("shown");
     const rows = scores
       ? [["epistemic", scores.epistemic], ["aleatoric", scores.aleatoric], ["total", scores.total], ["log-probability", scores.logprob]]
