@@ -41,9 +41,7 @@ def describe(
         confidence=confidence,
         calibrated=calibrated,
         auto=auto,
-        tokens=token_details(
-            table, tokens, read=plan.options.mode == "score", members=plan.options.return_samples
-        )
+        tokens=token_details(table, tokens, read=plan.options.mode == "score", members=plan.options.return_samples)
         if plan.options.granularity == "token"
         else None,
         samples=[Sample(index=index, mean_logprob=_finite(value)) for index, value in enumerate(members.tolist())],

@@ -27,6 +27,7 @@ const ms = (value) => (value < 1000 ? `${Math.round(value)} ms` : `${(value / 10
 
 const tokens = new Tokens(at("tokens"), at("card"));
 let listed = [];
+let points = [];
 let running = null;
 
 // --- the form ---------------------------------------------------------------------------------------------------------
@@ -175,8 +176,7 @@ function drawSummary(answer) {
       ["adapter", [found.adapter.name, ` ${found.adapter.digest.slice(0, 15)}`], "", found.adapter.digest],
     );
   }
-  const first = answer.first === null ? "" : `, first token after ${ms(answer.first)}`;
-  rows.push(["time", [ms(performance.now() - answer.started), first]]);
+  rows.push(["time (first token)", [ms(performance.now() - answer.started), answer.first === null ? "" : ` (${ms(answer.first)})`]]);
   at("summary").replaceChildren(
     ...rows.map(([name, value, kind = "", title = ""]) => {
       const [main, unit = ""] = Array.isArray(value) ? value : [value];
@@ -245,11 +245,15 @@ async function loadModels() {
   }
 }
 
+function drawCurve() {
+  at("curve").replaceChildren(...(points.length ? [curve(points, at("curve").clientWidth)] : []));
+}
+
 async function showCurve() {
   const mode = at("mode").value;
   try {
-    const points = latencyByK(await metricsText(), mode);
-    at("curve").replaceChildren(...(points.length ? [curve(points, at("curve").clientWidth)] : []));
+    points = latencyByK(await metricsText(), mode);
+    drawCurve();
     const count = points.reduce((sum, point) => sum + point.count, 0);
     at("curve-info").textContent = points.length
       ? `${count} answers of the mean and of mode ${mode} since the server started, from its own metrics.`
@@ -307,6 +311,7 @@ for (const input of document.querySelectorAll("input[name=measure]")) {
     tokens.colourBy(checked("measure"));
   });
 }
+addEventListener("resize", drawCurve);
 at("refresh").addEventListener("click", showCurve);
 at("copy-curl").addEventListener("click", () => copy(asText("curl")));
 at("copy-python").addEventListener("click", () => copy(asText("python")));

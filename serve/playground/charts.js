@@ -37,6 +37,14 @@ export function bars(title, rows) {
   return element("figure", {}, element("figcaption", {}, title), list);
 }
 
+// A small bar for a probability that stands beside it as text.
+export function share(value) {
+  const [track, bar] = [100, 100 * within(value)].map((width) => svg("rect", { x: 0, y: 0, width, height: 10 }));
+  track.setAttribute("class", "track");
+  bar.setAttribute("class", "bar");
+  return svg("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", class: "share", "aria-hidden": "true" }, track, bar);
+}
+
 // One dot for each sample, from the least to the most likely; null is a sample that gives the token probability 0.
 export function dots(logprobs, average) {
   const [width, height] = [232, 30];
@@ -50,7 +58,7 @@ export function dots(logprobs, average) {
   logprobs.forEach((value, index) => {
     if (value !== null) drawing.append(svg("circle", { cx: x(value), cy: 10 + 10 * (index % 2), r: 3.5, class: "dot" }));
   });
-  const caption = `${logprobs.length} samples, ${low.toFixed(1)} to 0 nats; line: average`;
+  const caption = `${logprobs.length} samples, ${low.toFixed(1).replace("-", "−")} to 0 nats; line: average`;
   const impossible = logprobs.length - finite.length;
   return element("figure", {}, drawing, element("figcaption", {}, impossible ? `${caption}; impossible for ${impossible}` : caption));
 }

@@ -1,6 +1,6 @@
 // The answer's tokens: colour and underline by score, a card with the numbers of the one that is looked at.
 
-import { dots, element } from "./charts.js";
+import { dots, element, share } from "./charts.js";
 
 const STEPS = 5;
 // Nats at which a colour is full: fixed, so that two answers can be compared by eye.
@@ -91,8 +91,7 @@ export class Tokens {
     if (alternatives?.length) {
       const list = element("ol");
       for (const [other, value] of alternatives) {
-        const meter = element("meter", { min: 0, max: 1, value: Math.exp(value), "aria-hidden": "true" });
-        list.append(element("li", {}, element("code", {}, visible(other)), meter, element("span", {}, `${(100 * Math.exp(value)).toFixed(1)} %`)));
+        list.append(element("li", {}, element("code", {}, visible(other)), share(Math.exp(value)), element("span", {}, `${(100 * Math.exp(value)).toFixed(1)} %`)));
       }
       this.card.append(element("p", { class: "of" }, "most likely here"), list);
     }
