@@ -1,0 +1,173 @@
+"""Does a server that loads and unloads adapters all day keep anything? Slots, memory and descriptors over many cycles.
+
+    python benchmarks/adapter_churn.py [--cycles 1000] [--write]
+
+A cycle loads an artifact of a new digest under one name, asks it with and without uncertainty, and takes it away. Every second cycle also
+replaces it by another before. The first cycles warm up and are not counted; after the last the server must be where it was.
+"""
+
+import argparse
+import json
+import secrets
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from credence.adapters import Artifact, load_artifact, write_artifact
+from credence.benchmarks.measure import BenchError, machine
+from credence.benchmarks.servers import EngineSettings, Target, credence_server, request_body
+from credence.benchmarks.workload import ModelShape, Workload, random_workload
+
+K, TOKENS, NAME = 4, 4, "churn"
+WARM_UP = 50
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residue:
+    """What the server holds when nothing is asked of it.
+
+    Attributes:
+        slots: sample slots by state.
+        memory_mib: resident memory of each process, MiB.
+        descriptors: open files and sockets of each process.
+        artifacts: copies in the private store.
+        series: lines of /metrics.
+    """
+
+    slots: dict[str, int]
+    memory_mib: tuple[float, ...]
+    descriptors: tuple[int, ...]
+    artifacts: int
+    series: int
+
+
+def residue(server: Target, scratch: Path) -> Residue:
+    """Looks at the server when nothing drains any more."""
+    while any(state["state"] == "draining" for state in _get(server, "/admin/v1/adapters").json()["data"]):
+        time.sleep(0.05)
+    lines = _get(server, "/metrics").text.splitlines()
+    prefix = 'credence_sample_slots{state="'
+    slots = {
+        line.removeprefix(prefix).partition('"')[0]: int(float(line.rpartition(" ")[2]))
+        for line in lines
+        if line.startswith(prefix)
+    }
+    return Residue(
+        slots=slots,
+        memory_mib=tuple(_memory_mib(pid) for pid in server.pids),
+        descriptors=tuple(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in server.pids),
+        artifacts=len(list(scratch.glob("credence-serve-*/artifacts/*"))),
+        series=sum(not line.startswith("#") for line in lines),
+    )
+
+
+def cycle(server: Target, artifact: Artifact, folder: Path, number: int, prompt: Sequence[int]) -> None:
+    """One cycle; raises BenchError when an answer is not as it should be."""
+    for turn in range(1 + number % 2):
+        digest = _version(artifact, folder, f"{number}.{turn}")
+        body = {"name": NAME, "path": str(folder), "replace": turn > 0}
+        loaded = _checked(server.http.post("/admin/v1/adapters", json=body)).json()
+        if loaded["digest"] != digest:
+            raise BenchError(f"cycle {number} loaded {loaded['digest']}, the folder holds {digest}")
+        for num_samples in (0, K):
+            answer = server.complete([prompt], request_body(new_tokens=TOKENS, num_samples=num_samples, model=NAME))[0]
+            if num_samples and answer["choices"][0]["uncertainty"]["adapter"]["digest"] != digest:
+                raise BenchError(f"cycle {number} was answered by another artifact than {digest}")
+    _checked(server.http.delete(f"/admin/v1/adapters/{NAME}"))
+
+
+def main() -> None:
+    """Runs the cycles."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/adapter_churn.md")
+    arguments = parser.parse_args()
+    shape = ModelShape(hidden_size=128, intermediate_size=256, num_layers=2, vocab_size=512)
+    settings = EngineSettings(dtype="float32", max_length=64, max_samples=K, threads=1, kv_cache_gib=1)
+    with tempfile.TemporaryDirectory(prefix="credence-bench-") as name:
+        scratch = Path(name)
+        workload = random_workload(scratch, shape, max_length=64)
+        artifact, folder, key = load_artifact(workload.adapter), scratch / "roots" / NAME, scratch / "key"
+        folder.parent.mkdir()
+        key.write_text(secrets.token_urlsafe())
+        key.chmod(0o600)
+        flags = ["--adapter-root", str(folder.parent), "--api-key-file", str(key)]
+        environment = {"TMPDIR": str(scratch)}
+        with credence_server(workload, settings, scratch / "log", print, flags, environment) as server:
+            server.http.headers["Authorization"] = f"Bearer {key.read_text()}"
+            seen = _run(server, artifact, folder, workload, arguments.cycles, scratch)
+    lines = _report(seen, arguments.cycles, workload)
+    print("\n".join(lines))
+    if arguments.write:
+        (RESULTS / "adapter_churn.md").write_text("\n".join(lines) + "\n")
+
+
+def _run(
+    server: Target, artifact: Artifact, folder: Path, workload: Workload, cycles: int, scratch: Path
+) -> dict[int, Residue]:
+    """Looks at the server before the first counted cycle and after every tenth part of them."""
+    seen = {}
+    for number in range(-WARM_UP, cycles):
+        if number >= 0 and number % max(cycles // 10, 1) == 0:
+            seen[number] = residue(server, scratch)
+            print(json.dumps({"cycle": number, "memory_mib": [round(value) for value in seen[number].memory_mib]}))
+        cycle(server, artifact, folder, number, workload.prompt(8, number % 7))
+    seen[cycles] = residue(server, scratch)
+    return seen
+
+
+def _report(seen: dict[int, Residue], cycles: int, workload: Workload) -> list[str]:
+    lines = [
+        f"# {cycles} cycles of loading and taking away an adapter",
+        "",
+        f"`python benchmarks/adapter_churn.py --cycles {cycles} --write`",
+        "",
+        f"{workload.name}, {machine()}, 1 thread. A new digest each time, every second cycle two; K = {K} and the mean are asked in each. "
+        f"After {WARM_UP} cycles of warm-up; memory and descriptors of the server's processes (API, engine, ...).",
+        "",
+        "| after cycles | slots leased / resident / free | memory, MiB | descriptors | stored artifacts | metric lines |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, state in seen.items():
+        slots = " / ".join(str(state.slots[name]) for name in ("leased", "resident", "free"))
+        memory = " + ".join(f"{value:.1f}" for value in state.memory_mib)
+        descriptors = " + ".join(map(str, state.descriptors))
+        lines.append(f"| {number} | {slots} | {memory} | {descriptors} | {state.artifacts} | {state.series} |")
+    return lines
+
+
+def _version(artifact: Artifact, folder: Path, number: str) -> str:
+    """Writes the artifact under a digest of its own."""
+    return write_artifact(
+        folder,
+        adapter_config=artifact.adapter_config,
+        mean=artifact.mean,
+        posteriors=artifact.posteriors,
+        config=artifact.config,
+        metrics={"version": number},
+        replace=True,
+    )
+
+
+def _memory_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def _get(server: Target, path: str) -> httpx.Response:
+    return _checked(server.http.get(path))
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.status_code >= httpx.codes.BAD_REQUEST:
+        raise BenchError(f"{response.request.url} answered {response.status_code}: {response.text[:500]}")
+    return response
+
+
+if __name__ == "__main__":
+    main()
