@@ -22,6 +22,7 @@ from credence.cli import (
     export,
     harness,
     importer,
+    keys,
     reproduce,
     robustness,
     score,
@@ -59,6 +60,7 @@ app.command(
     "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )(harness.lm_eval)
 app.add_typer(bench.app, name="bench")
+app.add_typer(keys.app, name="keys")
 
 
 def _show_version(asked: bool) -> None:

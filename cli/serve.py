@@ -19,7 +19,57 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option("--api-key-file", help="File with the key that requests must send.", show_default="open server"),
+        typer.Option(
+            "--api-key-file",
+            envvar="CREDENCE_API_KEY_FILE",
+            help="Users' keys: records of `credence keys`, or one plain key.",
+            show_default="open server",
+        ),
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--admin-key-file",
+            envvar="CREDENCE_ADMIN_KEY_FILE",
+            help="Keys of /admin, in the same format.",
+            show_default="/admin is closed",
+        ),
+    ] = None,
+    extra_route: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--extra-route",
+            envvar="CREDENCE_EXTRA_ROUTE",
+            metavar="PATH",
+            help="Open a further route of vLLM's to users, without limits; repeatable.",
+        ),
+    ] = None,
+    return_samples: Annotated[
+        bool,
+        typer.Option(
+            "--return-samples/--no-return-samples",
+            envvar="CREDENCE_RETURN_SAMPLES",
+            help="Whether uncertainty.return_samples is permitted at all.",
+        ),
+    ] = True,
+    max_sequences: Annotated[
+        int | None,
+        typer.Option(
+            "--max-sequences-per-request",
+            envvar="CREDENCE_MAX_SEQUENCES_PER_REQUEST",
+            min=1,
+            help="Largest n x (1 + K) x prompts of a request.",
+            show_default="2048",
+        ),
+    ] = None,
+    audit_log: Annotated[
+        Path | None,
+        typer.Option(
+            "--audit-log",
+            envvar="CREDENCE_AUDIT_LOG",
+            help="Append a line per request to this file.",
+            show_default="none",
+        ),
     ] = None,
     default_samples: Annotated[
         int, typer.Option("--default-samples", min=1, help="K of a request that does not say.")
@@ -98,6 +148,11 @@ def serve(
         host=host,
         port=port,
         api_key_file=None if api_key_file is None else str(api_key_file),
+        admin_key_file=None if admin_key_file is None else str(admin_key_file),
+        extra_routes=extra_route or [],
+        return_samples=return_samples,
+        max_sequences=max_sequences,
+        audit_log=None if audit_log is None else str(audit_log),
         extra_args=list(context.args),
         default_samples=default_samples,
         max_samples=max_samples,

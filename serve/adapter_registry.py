@@ -36,7 +36,7 @@ class MeanEngine(Protocol):
         """Whether a name belongs to something that is no adapter of ours, such as the base model."""
         ...
 
-    async def load(self, name: str, lora_id: int, artifact: Artifact) -> Any:
+    async def load(self, lora_id: int, artifact: Artifact) -> Any:
         """Loads a mean and returns the engine's handle of it; raises SampleLoadError."""
         ...
 
@@ -295,7 +295,7 @@ class AdapterRegistry:
         mean = None
         try:
             if not self._config.merged:
-                mean = await self._engine.load(name, next(self._lora_ids), artifact)
+                mean = await self._engine.load(next(self._lora_ids), artifact)
             adapter = ServedAdapter(name=name, artifact=artifact, merged=self._config.merged, mean=mean)
             await self._service.make_resident(adapter)
             await self._canary(adapter)

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from credence.serve.errors import ConfigurationError
+from credence.serve.limits import RequestLimits
 
 CONFIG_VARIABLE = "CREDENCE_SERVE_CONFIG"
 TOKEN_VARIABLE = "CREDENCE_PLUGIN_TOKEN"
@@ -34,6 +35,11 @@ class ServeConfig(BaseModel):
         max_scored_rows: largest number of (sample, token) pairs that one text may be scored on; a worker holds a hidden state for each.
         max_body_bytes: largest request body.
         trust: absolute path of the trust file; an artifact must then be signed by one of its keys. None accepts unsigned ones.
+        limits: what one request may ask for.
+        api_key_file, admin_key_file: keys of users, and of /admin; None: user routes are open, and /admin closed.
+        extra_routes: further routes of vLLM's that are open to users.
+        return_samples: whether ``uncertainty.return_samples`` is permitted at all.
+        audit_log: file of the audit log; None for none.
         state_dir: private folder of this server: verified artifact copies.
         stats_dir: tmpfs folder of this server: one statistics file per running ensemble.
     """
@@ -53,6 +59,12 @@ class ServeConfig(BaseModel):
     max_scored_rows: Annotated[int, Field(ge=1)] = 65536
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
     trust: str | None = None
+    limits: RequestLimits = RequestLimits()
+    api_key_file: str | None = None
+    admin_key_file: str | None = None
+    extra_routes: tuple[str, ...] = ()
+    return_samples: bool = True
+    audit_log: str | None = None
     state_dir: str
     stats_dir: str
 

@@ -22,6 +22,7 @@ from credence.adapters import Artifact, IsotonicMap, PlattMap
 from credence.serve.config import ServeConfig
 from credence.serve.engine import EngineLimits, SampleEngine, SampleLoadError
 from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, Unavailable
+from credence.serve.facts import CURRENT
 from credence.serve.metrics import Metrics, k_label
 from credence.serve.samples import NoFreeSlot, SampleRef, SampleSlots, Slot
 from credence.serve.schemas import UncertaintyOptions
@@ -185,6 +186,7 @@ class Ensemble:
         self._service = service
         self._asked = 0
         self._gangs: list[Gang] = []
+        self._counted: set[str] = set()
 
     async def draw(self, num_samples: int) -> None:
         """Leases samples until ``num_samples`` have been asked for, drawing those that hold no slot.
@@ -258,18 +260,28 @@ class Ensemble:
 
     def finished(self, gang: Gang) -> None:
         """Counts the work of a gang that has ended."""
-        self.sample_prompt_tokens += gang.num_samples * len(gang.prompt_token_ids)
-        if not gang.targets:
-            self.sample_completion_tokens += gang.num_samples * len(gang.token_ids)
+        self._count(gang)
         waited = gang.stats.read_wait() if gang.stats is not None else None
         if waited is not None:
             self._service.metrics.gang_wait_seconds.labels(k_label(gang.num_samples)).observe(waited)
 
+    def _count(self, gang: Gang) -> None:
+        self._counted.add(gang.gang_id)
+        self.sample_prompt_tokens += gang.num_samples * len(gang.prompt_token_ids)
+        if not gang.targets:
+            self.sample_completion_tokens += gang.num_samples * len(gang.token_ids)
+
     def close(self) -> None:
-        """Removes the statistics files and ends the leases."""
+        """Removes the statistics files, ends the leases, and notes the work, of gangs that were broken off too, for the key's rate."""
         for gang in self._gangs:
+            if gang.gang_id not in self._counted:
+                self._count(gang)
             if gang.stats is not None:
                 gang.stats.unlink()
+        facts = CURRENT.get()
+        if facts is not None:
+            facts.sample_prompt_tokens = self.sample_prompt_tokens
+            facts.sample_completion_tokens = self.sample_completion_tokens
         self._service.release([slot.ref for slot in self.slots])
 
 
@@ -330,6 +342,15 @@ class EnsembleService:
         distinct = adapter.artifact.num_distinct_samples
         return self.config.max_samples if distinct is None else min(self.config.max_samples, distinct)
 
+    def most_samples(self, model: object, options: UncertaintyOptions) -> int:
+        """The largest K that a request can take if it is served; the server's for a model that is not known."""
+        adapter = self.adapters.get(model) if isinstance(model, str) else None
+        if isinstance(options.n_samples, int):
+            return options.n_samples
+        if adapter is None:
+            return self.config.max_samples
+        return self.max_samples(adapter) if options.n_samples == "auto" else self.default_samples(adapter)
+
     async def make_resident(self, adapter: ServedAdapter) -> None:
         """Draws the resident sample set of an adapter, so that the first request finds it.
 
@@ -353,8 +374,11 @@ class EnsembleService:
                 await self._engine.unload(slot.lora_id)
             self._count_slots()
 
-    def plan(self, model: str | None, options: UncertaintyOptions) -> Plan:
+    def plan(self, model: str | None, options: UncertaintyOptions, ceiling: int | None = None) -> Plan:
         """Checks a request against the adapter and the server's limits and fills in the defaults.
+
+        Args:
+            ceiling: largest K that the request's key may have; it bounds the defaults.
 
         Raises:
             BadRequest: names the field.
@@ -362,22 +386,19 @@ class EnsembleService:
         adapter = self.adapters.get(model or "")
         if adapter is None:
             raise BadRequest(
-                f"model {model!r} has no posterior, so it has no uncertainty to report; "
-                f"models with one: {', '.join(sorted(self.adapters))}",
+                f"model {model!r:.80} has no posterior, so it has no uncertainty to report; GET /v1/models lists those with one",
                 param="model",
             )
-        return self.plan_for(adapter, options)
+        return self.plan_for(adapter, options, ceiling)
 
-    def plan_for(self, adapter: ServedAdapter, options: UncertaintyOptions) -> Plan:
+    def plan_for(self, adapter: ServedAdapter, options: UncertaintyOptions, ceiling: int | None = None) -> Plan:
         """Like :meth:`plan`, for an adapter that need not be served yet; raises BadRequest."""
         model, most = adapter.name, self.max_samples(adapter)
         adaptive = options.n_samples == "auto"
         k = (
             options.n_samples
             if isinstance(options.n_samples, int)
-            else most
-            if adaptive
-            else self.default_samples(adapter)
+            else min(most if adaptive else self.default_samples(adapter), ceiling or most)
         )
         if k > most:
             why = ""

@@ -2,16 +2,19 @@
 
 ServeError
 ├── BadRequest         400  the request cannot be served as asked (``param`` names the field)
-├── NotFound           404  no such model or route
-├── Forbidden          403  the server does not allow it
+├── Unauthorized       401  no key, or one that does not open this route
+├── Forbidden          403  the key or the server does not permit it (``param`` names the field)
+├── NotFound           404  no such model or route, or none that the key may see
 ├── Conflict           409  a name is taken, or the server's layout cannot do it
 ├── PayloadTooLarge    413  the body is over the limit
 ├── ArtifactRefused    422  an artifact cannot be served (``code`` says why)
+├── RateLimited        429  the key's rate is used up; retry after the time named
 ├── Unavailable        503  overloaded, draining, or a sample could not be loaded; retry later
 ├── EnsembleFailed     500  the engine did not deliver what an exact answer needs
 └── ConfigurationError  --  the server cannot start like this
 """
 
+import traceback
 from typing import Any
 
 
@@ -56,14 +59,20 @@ class BadRequest(ServeError):
         super().__init__(message, param=param, reason="bad_request")
 
 
-class NotFound(ServeError):
-    """404."""
+class Unauthorized(ServeError):
+    """401."""
 
-    status = 404
-    kind = "NotFoundError"
+    status = 401
+    kind = "AuthenticationError"
 
-    def __init__(self, message: str, *, param: str | None, reason: str = "unknown_model") -> None:
-        super().__init__(message, param=param, reason=reason)
+    def __init__(self) -> None:
+        super().__init__(
+            "a valid API key is needed in the header `Authorization: Bearer KEY`", param=None, reason="unauthorized"
+        )
+
+    def headers(self) -> dict[str, str]:
+        """Names the scheme."""
+        return {"WWW-Authenticate": "Bearer"}
 
 
 class Forbidden(ServeError):
@@ -74,6 +83,16 @@ class Forbidden(ServeError):
 
     def __init__(self, message: str, *, param: str | None) -> None:
         super().__init__(message, param=param, reason="forbidden")
+
+
+class NotFound(ServeError):
+    """404."""
+
+    status = 404
+    kind = "NotFoundError"
+
+    def __init__(self, message: str, *, param: str | None, reason: str = "unknown_model") -> None:
+        super().__init__(message, param=param, reason=reason)
 
 
 class Conflict(ServeError):
@@ -111,6 +130,16 @@ class PayloadTooLarge(ServeError):
         super().__init__(message, reason="too_large")
 
 
+class RateLimited(ServeError):
+    """429."""
+
+    status = 429
+    kind = "RateLimitError"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message, reason="rate_limit", retry_after_s=retry_after_s)
+
+
 class Unavailable(ServeError):
     """503; ``reason`` is overload, draining or sample_failed."""
 
@@ -127,3 +156,15 @@ class EnsembleFailed(ServeError):
 
 class ConfigurationError(ServeError):
     """The server refuses to start; the message says what to change."""
+
+
+def without_messages(error: BaseException) -> str:
+    """Types and places of an exception and its causes, for the log; no message, which may quote the prompt of a request."""
+    parts = []
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = traceback.extract_tb(cause.__traceback__)
+        places = "".join(f"\n  {frame.filename}:{frame.lineno} {frame.name}" for frame in frames)
+        parts.append(f"{type(cause).__module__}.{type(cause).__qualname__}{places}")
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return "\ncaused by ".join(parts)

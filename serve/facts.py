@@ -24,12 +24,14 @@ class RequestFacts:
         method, path: of the request line.
         started_s: ``time.perf_counter()`` at the request's arrival (seconds).
         key: name of the API key, None without.
-        model: served name the request asks for, once its body was read.
+        model: served name the request asks for, once its body was read; None if it could be no name.
+        n_samples_asked: ``uncertainty.n_samples`` as it was asked for; None if it was left out.
         mode: of the uncertainty; ``mean`` without.
         k: posterior samples; 0 without uncertainty.
         status: HTTP status that was sent; 499 if the client went away first; None while none was.
         reason: why it was refused or failed (the label of ``credence_rejections_total``).
         first_event_s: ``time.perf_counter()`` at the first event of a streamed answer.
+        sample_prompt_tokens, sample_completion_tokens: work done under posterior samples, also for an answer that was not finished.
         uncertainties: of the finished answers, one per choice.
     """
 
@@ -39,11 +41,14 @@ class RequestFacts:
     started_s: float
     key: str | None = None
     model: str | None = None
+    n_samples_asked: int | str | None = None
     mode: str = "mean"
     k: int = 0
     status: int | None = None
     reason: str | None = None
     first_event_s: float | None = None
+    sample_prompt_tokens: int = 0
+    sample_completion_tokens: int = 0
     uncertainties: list[Uncertainty] = field(default_factory=list)
 
     @classmethod

@@ -1,27 +1,32 @@
 """The door of the server: an ASGI middleware in front of vLLM's untouched application.
 
-A request without ``uncertainty`` passes through byte for byte and is only timed. A request with it never reaches vLLM's own routes: those
-accept unknown fields, so they would answer 200 without any uncertainty. On :data:`UNCERTAINTY_PATHS` it goes to the backend; on another
-route it is a 400 that says so. The door is also where routes outside the table of credence.serve.routes are a 404, bodies are bounded,
-a draining server says 503, and keys are asked for (vLLM guards /v1 only). What the door learns of a request is noted in its RequestFacts.
+A request without ``uncertainty`` passes through byte for byte, but for the cache salt that its tenant gets where keys are asked for. A
+request with it never reaches vLLM's own routes: those accept unknown fields, so they would answer 200 without any uncertainty. On
+:data:`UNCERTAINTY_PATHS` it goes to the backend; on another route it is a 400 that says so. The door is also where routes outside the
+table of credence.serve.routes are a 404, a draining server says 503, and where keys, rates and limits are checked
+(credence.serve.security). What the door learns of a request is noted in its RequestFacts.
 """
 
 import asyncio
-import hmac
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qs
 
-from credence.serve.errors import BadRequest, NotFound, PayloadTooLarge, ServeError, Unavailable
+from credence.serve.audit import record_of
+from credence.serve.body import parse_json
+from credence.serve.errors import BadRequest, NotFound, PayloadTooLarge, ServeError, Unavailable, without_messages
 from credence.serve.facts import CURRENT, RequestFacts
 from credence.serve.in_flight import InFlight
+from credence.serve.limits import Size, check, check_labels, check_sequences
 from credence.serve.metrics import Metrics, k_label, outcome_label
 from credence.serve.routes import SCORE_PATH, UNCERTAINTY_PATHS, Access, Route, find
 from credence.serve.schemas import UncertaintyOptions
+from credence.serve.security import Security, key_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 T = TypeVar("T")
+
+_MODEL_NAME = re.compile(r"[\w./@:+-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +71,12 @@ class Backend(Protocol):
 
     metrics: Metrics
     draining: bool
-    max_body_bytes: int
-    api_keys: tuple[str, ...]
+    security: Security
     in_flight: InFlight
+
+    def most_samples(self, model: object, options: UncertaintyOptions) -> int:
+        """The largest K that a request can take if it is served."""
+        ...
 
     async def answer(
         self, path: str, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
@@ -88,15 +98,22 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one connection."""
-        backend = self._backend(scope) if scope["type"] == "http" else None
-        if backend is None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        backend = self._backend(scope)
+        if backend is None:
+            await self._while_starting(scope, receive, send)
             return
         facts = RequestFacts.of(scope)
         CURRENT.set(facts)
+        route = find(facts.path, backend.security.routes)
         sent = _Sent(send, facts)
         try:
-            await self._serve(backend, facts, scope, receive, sent)
+            await self._serve(backend, route, facts, scope, receive, sent)
         except _Disconnected:
             facts.status = 499
             backend.metrics.client_disconnects.inc()
@@ -107,41 +124,92 @@ class Gate:
                 await _send_json(sent, error.status, error.body(), error.headers())
         finally:
             _measure(facts, backend.metrics)
+            audit = backend.security.audit
+            if audit is not None and route is not None and (route.access is Access.ADMIN or facts.mode != "mean"):
+                audit.write(record_of(facts, route))
 
-    async def _serve(self, backend: Backend, facts: RequestFacts, scope: Scope, receive: Receive, sent: Send) -> None:
-        path = scope["path"]
-        route = find(path)
+    async def _while_starting(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = find(scope["path"])
+        if route is not None and route.access is Access.OPEN:
+            await self.app(scope, receive, send)
+            return
+        error = Unavailable("the server is starting; retry later", reason="draining")
+        await _send_json(send, error.status, error.body(), error.headers())
+
+    async def _serve(
+        self, backend: Backend, route: Route | None, facts: RequestFacts, scope: Scope, receive: Receive, sent: Send
+    ) -> None:
         if route is None:
-            raise NotFound(f"there is no route {scope['method']} {path!r:.120}", param=None, reason="unknown_route")
-        if not _authorised(scope, route, backend.api_keys):
-            await _send_json(sent, 401, _unauthorised(), {"WWW-Authenticate": "Bearer"})
-            return
-        if scope["method"] != "POST":
-            await self.app(scope, receive, sent)
-        elif route.access is not Access.ADMIN:
-            with backend.in_flight.entered(facts):
-                await self._post(backend, facts, scope, receive, sent)
-        else:
-            await self._post(backend, facts, scope, receive, sent)
-
-    async def _post(self, backend: Backend, facts: RequestFacts, scope: Scope, receive: Receive, sent: Send) -> None:
-        path = scope["path"]
-        if not _is_json(scope):
+            raise NotFound(
+                f"there is no route {scope['method']} {facts.path!r:.120}", param=None, reason="unknown_route"
+            )
+        security = backend.security
+        key = security.authenticate(scope, route)
+        facts.key = None if key is None else key.name
+        if route.access is Access.ADMIN:
+            facts.model = _name(facts.path.split("/")[4:5])
+        is_json = _is_json(scope)
+        if scope["method"] != "POST" or route.access is Access.OPEN or (route.extra and not is_json):
+            if route.extra and key is not None:
+                security.rates.admit(key, 0)
             await self.app(scope, receive, sent)
             return
+        if not is_json:
+            raise BadRequest("the header Content-Type must be application/json", param=None)
         if backend.draining:
             raise Unavailable("the server is shutting down; send the request to another replica", reason="draining")
-        raw = await _read_body(receive, backend.max_body_bytes)
-        body, options = _uncertainty(scope, raw)
-        if options is None:
+        raw = await _read_body(receive, security.max_body_bytes)
+        if route.access is Access.ADMIN:
             await self.app(scope, _replay(raw, receive), sent)
             return
-        facts.mode, facts.k = options.mode, options.n_samples if isinstance(options.n_samples, int) else 0
-        if path not in UNCERTAINTY_PATHS:
+        with backend.in_flight.entered(facts):
+            await self._serve_body(backend, facts, raw, scope, receive, sent)
+
+    async def _serve_body(
+        self, backend: Backend, facts: RequestFacts, raw: bytes, scope: Scope, receive: Receive, sent: Send
+    ) -> None:
+        """Serves a user's POST: checks what it asks for, charges its key, and settles the charge at the end, however it ends."""
+        security, key = backend.security, key_of(scope)
+        body = parse_json(raw)
+        options = _uncertainty(scope, body)
+        facts.model = _name([body.get("model")])
+        if options is not None:
+            facts.mode, facts.n_samples_asked = options.mode, options.n_samples
+            facts.k = options.n_samples if isinstance(options.n_samples, int) else 0
+        security.permit_model(key, body.get("model"))
+        if options is not None and facts.path not in UNCERTAINTY_PATHS:
             raise BadRequest(
-                f"uncertainty is served on {', '.join(UNCERTAINTY_PATHS)}, not on {path}", param="uncertainty"
+                f"uncertainty is served on {', '.join(UNCERTAINTY_PATHS)}, not on {facts.path}", param="uncertainty"
             )
-        answer = await _unless_disconnected(self._answer(backend, path, body, options, scope), receive)
+        sample_tokens = 0
+        if facts.path in UNCERTAINTY_PATHS:
+            size = check(body, security.limits)
+            if options is not None:
+                sample_tokens = _most_sample_tokens(backend, scope, size, options, body)
+        charge = None if key is None else security.rates.admit(key, sample_tokens)
+        try:
+            if security.salt(key, facts.path, body):
+                raw = json.dumps(body, separators=(",", ":")).encode()
+                _resize(scope, raw)
+            if options is None:
+                await self.app(scope, _replay(raw, receive), sent)
+            else:
+                await self._serve_uncertainty(backend, facts, body, options, scope, receive, sent)
+        finally:
+            if charge is not None:
+                charge.settle(facts.sample_prompt_tokens + facts.sample_completion_tokens)
+
+    async def _serve_uncertainty(
+        self,
+        backend: Backend,
+        facts: RequestFacts,
+        body: dict[str, Any],
+        options: UncertaintyOptions,
+        scope: Scope,
+        receive: Receive,
+        sent: Send,
+    ) -> None:
+        answer = await _unless_disconnected(self._answer(backend, facts.path, body, options, scope), receive)
         if isinstance(answer, Answer):
             facts.k = answer.num_samples
             await _send_json(sent, 200, answer.body, {})
@@ -162,7 +230,7 @@ class Gate:
             if translated.status >= 500 and isinstance(error, ServeError):
                 logger.warning("An uncertainty request failed: %s", error.message)
             elif translated.status >= 500:
-                logger.exception("An uncertainty request failed")
+                logger.error("An uncertainty request failed: %s", without_messages(error))
             raise translated from error
 
 
@@ -204,21 +272,6 @@ def _header(scope: Scope, name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
-def _authorised(scope: Scope, route: Route, keys: tuple[str, ...]) -> bool:
-    if route.access is Access.OPEN or scope["method"] == "OPTIONS":
-        return True
-    if not keys:
-        return route.access is not Access.ADMIN
-    scheme, _, token = _header(scope, b"authorization").partition(" ")
-    given = token.strip().encode()
-    return scheme.lower() == "bearer" and any([hmac.compare_digest(given, key.encode()) for key in keys])
-
-
-def _unauthorised() -> dict[str, Any]:
-    message = "a valid API key is needed in the header `Authorization: Bearer KEY`"
-    return {"error": {"message": message, "type": "AuthenticationError", "param": None, "code": 401}}
-
-
 def _is_json(scope: Scope) -> bool:
     kind = _header(scope, b"content-type").partition(";")[0].strip().lower()
     return kind in ("", "application/json") or kind.endswith("+json")
@@ -249,35 +302,53 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _uncertainty(scope: Scope, raw: bytes) -> tuple[dict[str, Any], UncertaintyOptions | None]:
-    """Takes ``uncertainty`` out of the body or the query string.
+def _resize(scope: Scope, raw: bytes) -> None:
+    """Puts the length of the body that is passed on into the headers."""
+    kept = [(name, value) for name, value in scope["headers"] if name not in (b"content-length", b"transfer-encoding")]
+    scope["headers"] = [*kept, (b"content-length", str(len(raw)).encode())]
 
-    Plain requests are not parsed at all: a JSON key can only be spelled ``uncertainty`` or with \\u escapes.
+
+def _name(given: list[Any]) -> str | None:
+    """A model's name for log and audit; nothing if it could be a text of another kind."""
+    return given[0] if given and isinstance(given[0], str) and _MODEL_NAME.fullmatch(given[0]) else None
+
+
+def _most_sample_tokens(
+    backend: Backend, scope: Scope, size: Size, options: UncertaintyOptions, body: dict[str, Any]
+) -> int:
+    """Checks the options against key and limits; returns how many tokens the samples can take at most.
+
+    Raises:
+        Forbidden, BadRequest: name the field.
     """
+    security, key = backend.security, key_of(scope)
+    security.permit_options(key, options)
+    k = backend.most_samples(body.get("model"), options)
+    if key is not None and key.max_samples is not None:
+        k = min(k, key.max_samples)
+    check_sequences(size, k, security.limits)
+    labels = options.choices or []
+    check_labels(labels, security.limits)
+    once = size.sample_tokens(k, security.max_model_len)
+    if labels:
+        return once * (1 + len(labels)) + k * size.n * size.prompts * sum(len(label.encode()) for label in labels)
+    # generate writes and reads; an adaptive score reads again at each stage, and the stages double.
+    return once * (2 if options.mode == "generate" or options.n_samples == "auto" else 1)
+
+
+def _uncertainty(scope: Scope, body: dict[str, Any]) -> UncertaintyOptions | None:
+    """Takes ``uncertainty`` out of the body, or reads it from the query string."""
     query = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("uncertainty", [])
     asked: object = None
     if query:
         if query[-1].lower() not in ("true", "false", "1", "0"):
             raise BadRequest(
-                f"the query parameter uncertainty must be true or false, got {query[-1]!r}", param="uncertainty"
+                f"the query parameter uncertainty must be true or false, got {query[-1]!r:.80}", param="uncertainty"
             )
         asked = query[-1].lower() in ("true", "1")
-    score = scope["path"] == SCORE_PATH
-    if not score and not asked and b"uncertainty" not in raw and b"\\u" not in raw:
-        return {}, None
-    try:
-        body = json.loads(raw)
-    except ValueError:
-        if score:
-            raise BadRequest("the body is not valid JSON", param=None) from None
-        return {}, None  # vLLM's own answer to a body that is not JSON
-    if not isinstance(body, dict):
-        if score:
-            raise BadRequest("the body must be a JSON object", param=None)
-        return {}, None
     if "uncertainty" in body:
         asked = body.pop("uncertainty")
-    return body, _score_options(asked) if score else UncertaintyOptions.parse(asked)
+    return _score_options(asked) if scope["path"] == SCORE_PATH else UncertaintyOptions.parse(asked)
 
 
 def _score_options(asked: object) -> UncertaintyOptions:

@@ -12,6 +12,9 @@ from credence.serve import adapter_folder
 from credence.serve.adapter_registry import adapted_modules
 from credence.serve.config import ADAPTER_NAME, CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from credence.serve.errors import ArtifactRefused, ConfigurationError
+from credence.serve.keys import KeyRing
+from credence.serve.limits import RequestLimits
+from credence.serve.routes import with_extra
 
 SHARED_MEMORY = Path("/dev/shm")
 ADAPTERS_AT_RUN_TIME = 8
@@ -25,6 +28,11 @@ def main(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key_file: str | None = None,
+    admin_key_file: str | None = None,
+    extra_routes: Sequence[str] = (),
+    return_samples: bool = True,
+    max_sequences: int | None = None,
+    audit_log: str | None = None,
     extra_args: Sequence[str] = (),
     default_samples: int = 8,
     max_samples: int = 32,
@@ -39,7 +47,11 @@ def main(
     Args:
         base: model folder or hub id; a folder of `credence merge` brings its adapter with it.
         adapters: artifact folder by served name; empty for a merged model.
-        api_key_file: file holding the API key that requests must send.
+        api_key_file, admin_key_file: files with the keys of users, and of /admin (see credence.serve.keys).
+        extra_routes: further routes of vLLM's that users may call.
+        return_samples: whether ``uncertainty.return_samples`` is permitted at all.
+        max_sequences: largest n x (1 + K) x prompts of a request; None for the default.
+        audit_log: file of the audit log.
         extra_args: any flags of vLLM's server.
         default_samples, max_samples: K when a request does not say, and the largest K.
         sample_slots: samples that the workers keep; at least ``max_samples``.
@@ -54,6 +66,9 @@ def main(
     Raises:
         ConfigurationError: the server cannot start like this; nothing was started.
     """
+    for path, admin in ((api_key_file, False), (admin_key_file, True)):
+        KeyRing(None if path is None else Path(path), admin=admin)
+    with_extra(extra_routes)
     state = Path(tempfile.mkdtemp(prefix="credence-serve-"))
     stats = Path(tempfile.mkdtemp(prefix="credence-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else state))
     try:
@@ -78,10 +93,16 @@ def main(
             adapter_dir=adapter_dir,
             adapters_of_dir=tuple(sorted(found.keys() - adapters.keys())),
             trust=None if trust is None else str(Path(trust).resolve()),
+            limits=RequestLimits() if max_sequences is None else RequestLimits(max_sequences=max_sequences),
+            api_key_file=api_key_file and os.path.abspath(api_key_file),
+            admin_key_file=admin_key_file and os.path.abspath(admin_key_file),
+            extra_routes=tuple(extra_routes),
+            return_samples=return_samples,
+            audit_log=audit_log and os.path.abspath(audit_log),
             state_dir=str(state),
             stats_dir=str(stats),
         )
-        set_environment(config, api_keys(api_key_file))
+        set_environment(config)
         # Imported here: importing vLLM reads the environment.
         from credence.serve.vllm_plugin import server
 
@@ -214,7 +235,7 @@ def flag_values(flag: str, given: Sequence[str]) -> list[str] | None:
     return found
 
 
-def set_environment(config: ServeConfig, keys: Sequence[str]) -> None:
+def set_environment(config: ServeConfig) -> None:
     """Leaves the configuration where the plugins and vLLM's child processes find it."""
     os.environ[CONFIG_VARIABLE] = config.model_dump_json()
     os.environ[TOKEN_VARIABLE] = secrets.token_hex(16)
@@ -222,8 +243,6 @@ def set_environment(config: ServeConfig, keys: Sequence[str]) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*named, "credence", "credence_http"]))
     # vLLM's own choice would be the second runner on GPUs; there ensembles are experimental, so it has to be asked for.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") or "0"
-    if len(keys) == 1:
-        os.environ["VLLM_API_KEY"] = keys[0]
 
 
 def defaults(
@@ -257,20 +276,3 @@ def defaults(
         wanted["--dtype"] = [dtype]
     names = {flag.partition("=")[0].replace("_", "-") for flag in given if flag.startswith("--")}
     return [part for flag, values in wanted.items() if flag not in names for part in (flag, *values)]
-
-
-def api_keys(path: str | None) -> list[str]:
-    """Reads the API key file.
-
-    Raises:
-        ConfigurationError: the file cannot be read or holds no key.
-    """
-    if path is None:
-        return []
-    try:
-        keys = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigurationError(f"--api-key-file {path} cannot be read: {error.strerror}") from error
-    if len(keys) != 1:
-        raise ConfigurationError(f"--api-key-file {path} must hold one key on one line, it holds {len(keys)}")
-    return keys

@@ -14,7 +14,8 @@ from credence.adapters.errors import ArtifactReason
 K_VALUES = (0, 1, 2, 4, 8, 16, 32)
 OUTCOMES = ("ok", "client_error", "server_error", "disconnected")
 REJECTIONS = (
-    "bad_request", "unknown_model", "unknown_route", "too_large", "forbidden", "conflict", "artifact_refused", "overload", "draining",
+    "bad_request", "unauthorized", "forbidden", "unknown_model", "unknown_route", "conflict", "too_large", "artifact_refused", "rate_limit",
+    "overload", "draining",
     "sample_failed", "internal",
 )  # fmt: skip
 LATENCY_BUCKETS_S = (
@@ -119,6 +120,9 @@ class Metrics:
             self.rejections.labels(reason)
         self.client_disconnects = Counter(
             "credence_client_disconnects", "Clients that went away before their answer.", registry=registry
+        )
+        self.audit_failures = Counter(
+            "credence_audit_failures", "Lines of the audit log that could not be written.", registry=registry
         )
         self.engine_up = Gauge("credence_engine_up", "1 while the engine answers.", registry=registry)
         self.confidence = Histogram(

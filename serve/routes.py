@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from credence.serve.errors import ConfigurationError
+
 SCORE_PATH = "/v1/uncertainty/score"
 UNCERTAINTY_PATHS = ("/v1/completions", "/v1/chat/completions", SCORE_PATH)
 """Where ``uncertainty`` is served."""
@@ -32,6 +34,8 @@ class Route:
     path: str
     methods: tuple[str, ...]
     access: Access
+    extra: bool = False
+    """Whether the operator has opened it (``--extra-route``): the door knows nothing of its bodies."""
 
     def matches(self, path: str) -> bool:
         """Whether ``path`` is of this route."""
@@ -57,6 +61,28 @@ ROUTES = (
     Route("/admin/v1/adapters/{name}", ("GET", "DELETE"), Access.ADMIN),
     Route("/admin/v1/adapters/{name}/promote", ("POST",), Access.ADMIN),
 )
+
+
+EXTRA_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+"""Methods of a route that the operator has opened: vLLM decides which it has."""
+
+
+def with_extra(paths: Iterable[str]) -> tuple[Route, ...]:
+    """The table with further routes of vLLM's, for keys that may ask for every model.
+
+    Raises:
+        ConfigurationError: a path is none, is in the table already, or would be an admin's.
+    """
+    table: tuple[Route, ...] = ROUTES
+    for path in paths:
+        if not re.fullmatch(r"(/[A-Za-z0-9_.-]+)+", path) or re.search(r"/\.{1,2}(/|$)", path):
+            raise ConfigurationError(
+                f"--extra-route {path!r} is no path; give one as vLLM has it, for example /v1/embeddings"
+            )
+        if path == "/admin" or path.startswith("/admin/") or find(path, table) is not None:
+            raise ConfigurationError(f"--extra-route {path} is in the table of routes already; leave it out")
+        table = (*table, Route(path, EXTRA_METHODS, Access.USER, extra=True))
+    return table
 
 
 def find(path: str, routes: Iterable[Route] = ROUTES) -> Route | None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import secrets
+import signal
 import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable
@@ -35,6 +36,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from credence.serve import admin
 from credence.serve.adapter_folder import AdapterFolder
 from credence.serve.adapter_registry import AdapterRegistry
+from credence.serve.audit import AuditLog
 from credence.serve.config import ServeConfig, from_environment
 from credence.serve.engine import EngineLimits
 from credence.serve.ensemble import EnsembleService, Plan, ServedAdapter
@@ -50,9 +52,11 @@ from credence.serve.errors import (
 from credence.serve.facts import CURRENT
 from credence.serve.gate import Answer, EventStream, Gate, Scope
 from credence.serve.in_flight import InFlight
+from credence.serve.keys import KeyRecord, KeyRing
 from credence.serve.metrics import Metrics
-from credence.serve.routes import SCORE_PATH
+from credence.serve.routes import SCORE_PATH, with_extra
 from credence.serve.schemas import Uncertainty, UncertaintyOptions
+from credence.serve.security import Security, key_of
 from credence.serve.vllm_plugin.engine_client import (
     CURRENT_RUN,
     EnsembleClient,
@@ -101,7 +105,7 @@ class CredenceEndpointPlugin:
 
         @router.get("/v1/models")
         async def models(request: Request) -> JSONResponse:
-            return JSONResponse(await request.app.state.credence.models())
+            return JSONResponse(await request.app.state.credence.models(key_of(request.scope)))
 
         @router.get("/livez")
         async def livez() -> JSONResponse:
@@ -176,13 +180,12 @@ class VllmBackend:
         adapters: dict[str, ServedAdapter],
         lora_ids: "itertools.count[int]",
         config: ServeConfig,
-        api_keys: tuple[str, ...],
+        security: Security,
     ) -> None:
         self.metrics = service.metrics
         self.draining = False
         self.engine_died = False
-        self.max_body_bytes = config.max_body_bytes
-        self.api_keys = api_keys
+        self.security = security
         self.engine_client = engine_client
         self.config = config
         self.in_flight = InFlight()
@@ -252,7 +255,7 @@ class VllmBackend:
             adapters=adapters,
             lora_ids=lora_ids,
             config=config,
-            api_keys=tuple(key for key in (args.api_key or [envs.VLLM_API_KEY]) if key),
+            security=make_security(config, args, vllm_config.model_config, metrics),
         )
         for name, path in config.adapters.items():
             try:
@@ -304,8 +307,12 @@ class VllmBackend:
             return "engine dead"
         return "draining" if self.draining else None
 
-    async def models(self) -> dict[str, Any]:
-        """vLLM's model list, with the posterior of each adapter."""
+    def most_samples(self, model: object, options: UncertaintyOptions) -> int:
+        """The largest K that a request can take if it is served."""
+        return self._service.most_samples(model, options)
+
+    async def models(self, key: KeyRecord | None = None) -> dict[str, Any]:
+        """vLLM's model list, as far as a key may see it, with the posterior of each adapter."""
         listing: dict[str, Any] = (await self._models.show_available_models()).model_dump()
         cards = listing["data"]
         if not self.config.merged:
@@ -313,6 +320,7 @@ class VllmBackend:
             base = len(self._models.base_model_paths)
             template, cards = cards[-1], cards[:base]
             cards += [{**template, "id": name, "parent": cards[0]["id"]} for name in self._service.adapters]
+        cards = [card for card in cards if key is None or key.sees(card["id"])]
         for card in cards:
             adapter = self._service.adapters.get(card["id"])
             if adapter is not None:
@@ -343,15 +351,17 @@ class VllmBackend:
                 "runner; ask for mode 'ensemble', or start the server without VLLM_USE_V2_MODEL_RUNNER=1",
                 param="uncertainty.mode",
             )
+        key = key_of(scope)
+        ceiling = None if key is None else key.max_samples
         if path == SCORE_PATH:
-            return await self._score(body, options)
+            return await self._score(body, options, ceiling)
         chat = path != "/v1/completions"
         handler = self._chat if chat else self._completions
         create = handler.create_chat_completion if chat else handler.create_completion
         request = _parse(ChatCompletionRequest if chat else CompletionRequest, body)
-        plan = self._plan(request, options)
+        plan = self._plan(request, options, ceiling)
         async with AsyncExitStack() as stack:
-            run = await self._run(stack, plan, _num_sequences(request, options))
+            run = await self._run(stack, plan, _num_sequences(request, options), request.cache_salt)
             if request.seed is not None:
                 run.ensemble.token_seed = request.seed % 2**63
             context = CURRENT_RUN.set(run)
@@ -374,19 +384,19 @@ class VllmBackend:
             document["usage"]["uncertainty_details"] = run.usage()
             return Answer(body=document, num_samples=run.num_samples)
 
-    async def _score(self, body: dict[str, Any], options: UncertaintyOptions) -> Answer:
+    async def _score(self, body: dict[str, Any], options: UncertaintyOptions, ceiling: int | None) -> Answer:
         """Answers /v1/uncertainty/score: the uncertainty of a text that the caller already has."""
         given = _parse(ScoreRequest, body)
         if given.messages is not None:
             fields = {"model": given.model, "messages": given.messages[:-1]}
             request = _parse(ChatCompletionRequest, fields)
-            plan = self._plan(request, options)
+            plan = self._plan(request, options, ceiling)
             rendered = await self._chat.render_chat_request(request)
             inputs = rendered if isinstance(rendered, ErrorResponse) else rendered[1]
             text: str | list[int] = given.messages[-1]["content"]
         else:
             request = _parse(CompletionRequest, {"model": given.model, "prompt": given.prompt, "max_tokens": 1})
-            plan = self._plan(request, options)
+            plan = self._plan(request, options, ceiling)
             inputs = await self._completions.render_completion_request(request)
             assert given.completion is not None
             text = given.completion
@@ -397,7 +407,7 @@ class VllmBackend:
         self._check_scored(prompt_ids, token_ids)
         identity = f"score-{secrets.token_hex(16)}"
         async with AsyncExitStack() as stack:
-            run = await self._run(stack, plan, 1)
+            run = await self._run(stack, plan, 1, given.cache_salt)
             await run.score(prompt_ids, token_ids, identity, {})
             uncertainty = run.uncertainty[0]
             self.observe(plan, uncertainty)
@@ -431,24 +441,18 @@ class VllmBackend:
                 param="completion",
             )
 
-    def _plan(self, request: Any, options: UncertaintyOptions) -> Plan:
+    def _plan(self, request: Any, options: UncertaintyOptions, ceiling: int | None) -> Plan:
         probed = _PROBED.get()
         if probed is not None and request.model == probed.name:
-            return self._service.plan_for(probed, options)
-        facts = CURRENT.get()
-        if facts is not None:
-            facts.model = request.model
+            return self._service.plan_for(probed, options, ceiling)
         known = request.model in self._service.adapters
         if request.model and not known and not self._means.reserved(request.model):
-            served = ", ".join(sorted(self._service.adapters))
-            raise NotFound(
-                f"model {request.model!r} does not exist; adapters with a posterior: {served}", param="model"
-            )
-        return self._service.plan(request.model, options)
+            raise NotFound(f"The model `{request.model!s:.80}` does not exist.", param="model")
+        return self._service.plan(request.model, options, ceiling)
 
-    async def _run(self, stack: AsyncExitStack, plan: Plan, sequences: int) -> Run:
+    async def _run(self, stack: AsyncExitStack, plan: Plan, sequences: int, cache_salt: str | None) -> Run:
         ensemble = await stack.enter_async_context(self._service.ensemble(plan, sequences=sequences))
-        runner = GangRunner(self.engine_client, ensemble)
+        runner = GangRunner(self.engine_client, ensemble, cache_salt)
         return Run(ensemble=ensemble, runner=runner, tokenizer=self._tokenizer, max_logprobs=self._max_logprobs)
 
     def observe(self, plan: Plan, uncertainty: Uncertainty) -> None:
@@ -482,6 +486,43 @@ class VllmBackend:
         return ServeError("internal error while serving an uncertainty request; the server's log has the details")
 
 
+def make_security(config: ServeConfig, args: Namespace, model_config: Any, metrics: Metrics) -> Security:
+    """The door's settings and keys; the key file is read again at SIGHUP too.
+
+    Raises:
+        ConfigurationError: a key file or the audit log cannot be used.
+    """
+    hashes = getattr(args, "credence_key_hashes", None)
+    if hashes is None:
+        raise ConfigurationError(
+            "the server was not started by `credence serve`, so vLLM's own door would stand before ours"
+        )
+    vllm_keys = [
+        KeyRecord(name=f"vllm-{number}", hash=value, return_samples=True)
+        for number, value in enumerate(hashes, start=1)
+    ]
+    users = KeyRing(Path(config.api_key_file) if config.api_key_file else None, vllm_keys)
+    admins = KeyRing(Path(config.admin_key_file) if config.admin_key_file else None, admin=True)
+    if users.guards or admins.guards:
+
+        def reload() -> None:
+            users.reload()
+            admins.reload()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+    most_logprobs = int(model_config.max_logprobs)
+    return Security(
+        users=users,
+        admins=admins,
+        routes=with_extra(config.extra_routes),
+        limits=config.limits.model_copy(update={"max_logprobs": most_logprobs} if most_logprobs > 0 else {}),
+        return_samples=config.return_samples,
+        max_body_bytes=config.max_body_bytes,
+        max_model_len=int(model_config.max_model_len),
+        audit=AuditLog(Path(config.audit_log), metrics.audit_failures.inc) if config.audit_log else None,
+    )
+
+
 class ScoreRequest(BaseModel):
     """Body of /v1/uncertainty/score: a prompt and its completion, or a conversation whose last message is the assistant's."""
 
@@ -491,6 +532,7 @@ class ScoreRequest(BaseModel):
     prompt: str | list[Annotated[int, Field(ge=0)]] | None = None
     completion: str | list[Annotated[int, Field(ge=0)]] | None = None
     messages: list[dict[str, Any]] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
     @model_validator(mode="after")
     def _one_text(self) -> "ScoreRequest":

@@ -6,6 +6,7 @@ call belongs to travels in a context variable that is read when ``generate`` is 
 """
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextvars import ContextVar
@@ -88,6 +89,9 @@ class VllmMeans:
         self._client = client
         self._models = models
         self._published: set[str] = set()
+        self._loaded: dict[int, str] = {}
+        self._names: list[str] = []
+        self._numbers = itertools.count()
         # vLLM puts its own name of the LoRA into answers; callers know the served name.
         models.model_name = self._model_name
 
@@ -97,19 +101,26 @@ class VllmMeans:
             name in self._models.lora_requests and name not in self._published
         )
 
-    async def load(self, name: str, lora_id: int, artifact: Artifact) -> LoRARequest:
+    async def load(self, lora_id: int, artifact: Artifact) -> LoRARequest:
         """Loads the mean.
 
-        vLLM takes two LoRAs of one name for the same, so the name has the content in it: while a served name moves, both are in one batch.
+        vLLM takes two LoRAs of one name for the same, and while a served name moves both are in one batch; and it keeps a series of metrics
+        for every name it has seen. So the names are few, each belongs to one mean at a time, and the path spells out the content.
         """
-        digest = artifact.digest.removeprefix("sha256:")[:8]
-        request = LoRARequest(lora_name=f"{name}@{digest}", lora_int_id=lora_id, lora_path=str(artifact.path))
-        await _add(self._client, request)
+        name = self._names.pop() if self._names else f"credence-mean-{next(self._numbers):03d}"
+        request = LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=str(artifact.path))
+        try:
+            await _add(self._client, request)
+        except BaseException:
+            self._names.append(name)
+            raise
+        self._loaded[lora_id] = name
         return request
 
     async def unload(self, mean: LoRARequest) -> None:
         """Forgets the mean."""
         await self._client.remove_lora(mean.lora_int_id)
+        self._names.append(self._loaded.pop(mean.lora_int_id))
 
     def publish(self, name: str, mean: LoRARequest) -> None:
         """Makes requests without uncertainty for ``name`` go to ``mean``."""
@@ -125,7 +136,10 @@ class VllmMeans:
         if lora_request is None:
             return str(self._models.base_model_paths[0].name)
         facts = CURRENT.get()
-        return (facts and facts.model) or lora_request.lora_name.partition("@")[0]
+        return (facts and facts.model) or next(
+            (name for name in self._published if self._models.lora_requests[name] is lora_request),
+            lora_request.lora_name,
+        )
 
 
 async def _add(client: EngineClient, request: LoRARequest) -> None:
@@ -151,19 +165,20 @@ class GangRunner:
     """Runs the gangs of one request; at the end of the request, none of their members is left in the engine.
 
     Args:
-        options: what vLLM's handler passes to ``generate`` beside the prompt (priority, trace headers, ...), without ``lora_request``.
+        cache_salt: of the prefix cache, for texts that are read; a prompt that is generated from carries its own.
     """
 
-    def __init__(self, client: EngineClient, ensemble: Ensemble) -> None:
+    def __init__(self, client: EngineClient, ensemble: Ensemble, cache_salt: str | None = None) -> None:
         self.client = client
         self._ensemble = ensemble
+        self._cache_salt = cache_salt
 
     async def score(self, gang: Gang, request_id: str, options: dict[str, Any]) -> None:
         """Runs a scoring gang to its end; raises what its members raise."""
         params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        prompt = tokens_input(gang.prompt_token_ids)
+        prompt = tokens_input(gang.prompt_token_ids, cache_salt=self._cache_salt)
         async for _ in self.stream(gang, prompt, params, request_id, options):
             pass
 

@@ -23,6 +23,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from credence.serve.config import from_environment
 from credence.serve.ensemble import check_limits
 from credence.serve.errors import ConfigurationError
+from credence.serve.keys import take_vllm_keys
 from credence.serve.vllm_plugin import endpoint, general, logits_processor
 from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler, gang_scheduler
 
@@ -56,6 +57,8 @@ def run(argv: Sequence[str]) -> int:
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     check_arguments(args)
+    # vLLM's own door stands before ours, knows no key file, and leaves open what does not begin with /v1.
+    args.credence_key_hashes = take_vllm_keys(args)
     states: list[State] = []
     entry.init_app_state = _checked(entry.init_app_state, states)
     uvloop.run(entry.run_server(args))

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
 from credence.serve.ensemble import Plan
-from credence.serve.errors import ServeError
+from credence.serve.errors import ServeError, without_messages
 from credence.serve.schemas import Uncertainty
 from credence.serve.vllm_plugin.modes import Run
 
@@ -68,7 +68,7 @@ class AnswerStream:
         except Exception as error:
             failure = self._backend.error_of(error)
             if failure.status >= 500:
-                logger.exception("An uncertainty stream failed")
+                logger.error("An uncertainty stream failed: %s", without_messages(error))
             yield _event(failure.body())
         yield DONE.encode()
 

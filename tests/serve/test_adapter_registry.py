@@ -41,7 +41,7 @@ class FakeMeans:
     def reserved(self, name: str) -> bool:
         return name == "base"
 
-    async def load(self, name: str, lora_id: int, artifact: Artifact) -> int:
+    async def load(self, lora_id: int, artifact: Artifact) -> int:
         if self.broken:
             raise SampleLoadError("no room")
         self.held[lora_id] = artifact.digest

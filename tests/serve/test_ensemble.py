@@ -13,6 +13,7 @@ from credence.serve.config import ServeConfig
 from credence.serve.engine import EngineLimits, SampleLoadError
 from credence.serve.ensemble import Ensemble, EnsembleService, Gang, ServedAdapter
 from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, Unavailable
+from credence.serve.facts import CURRENT, RequestFacts
 from credence.serve.metrics import Metrics
 from credence.serve.report import describe, token_details
 from credence.serve.samples import Slot
@@ -100,6 +101,41 @@ def test_defaults_come_from_the_server_and_the_artifact(world: World) -> None:
     assert world.plan("map").num_samples == 1
 
 
+def test_a_keys_ceiling_bounds_the_defaults_only(world: World) -> None:
+    plan = world.service.plan
+    assert plan("triage", UncertaintyOptions(), 3).num_samples == 3
+    assert plan("triage", UncertaintyOptions(), 100).num_samples == 4
+    assert plan("map", UncertaintyOptions(), 3).num_samples == 1
+    auto = UncertaintyOptions(n_samples="auto", mode="generate")
+    assert (plan("triage", auto, 3).num_samples, plan("triage", auto).num_samples) == (3, 8)
+
+
+def test_the_most_samples_of_a_request(world: World) -> None:
+    most = world.service.most_samples
+    auto = UncertaintyOptions(n_samples="auto", mode="generate")
+    assert [most(model, UncertaintyOptions()) for model in ("triage", "map", "absent", None, 7)] == [4, 1, 8, 8, 8]
+    assert [most(model, auto) for model in ("triage", "map", "absent")] == [8, 1, 8]
+    assert most("triage", UncertaintyOptions(n_samples=3)) == 3
+
+
+def test_the_work_of_gangs_is_noted_also_when_they_are_broken_off(world: World) -> None:
+    facts = RequestFacts(request_id="r", method="POST", path="/", started_s=0.0)
+
+    async def run() -> None:
+        CURRENT.set(facts)
+        async with world.service.ensemble(world.plan(n_samples=2)) as ensemble:
+            done, broken = ensemble.gang([1, 2, 3], max_tokens=4), ensemble.gang([1, 2], max_tokens=4)
+            scored = ensemble.gang([1, 2, 3, 4], targets=[(2, 7)])
+            done.token_ids, broken.token_ids, scored.token_ids = [5, 6], [5], [9]
+            ensemble.finished(done)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(run())
+    assert facts.sample_prompt_tokens == 2 * (3 + 2 + 4)
+    assert facts.sample_completion_tokens == 2 * (2 + 1)
+
+
 def test_an_ensemble_answers_with_every_member_and_no_more(tmp_path: Path) -> None:
     small = {"modules": ("self_attn.q_proj",), "rank": 2, "alpha": 3}
     members = make_artifact(tmp_path / "members", form="ensemble", **small)
@@ -120,7 +156,7 @@ def test_an_ensemble_answers_with_every_member_and_no_more(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("model", "options", "param", "said"),
     [
-        ("base", {}, "model", "models with one: choices, labels, map, triage"),
+        ("base", {}, "model", "GET /v1/models lists those with one"),
         ("triage", {"n_samples": 9}, "uncertainty.n_samples", "1 to 8 for triage, got 9"),
         ("map", {"n_samples": 2}, "uncertainty.n_samples", "no posterior"),
         ("triage", {"n_samples": 2, "min_samples": 3}, "uncertainty.min_samples", "at most n_samples = 2"),

@@ -16,8 +16,10 @@ from starlette.routing import Route
 from credence.serve.errors import BadRequest, ServeError, Unavailable
 from credence.serve.gate import Answer, EventStream, Gate, Scope
 from credence.serve.in_flight import InFlight
+from credence.serve.keys import KeyRing, plain_key
 from credence.serve.metrics import Metrics
 from credence.serve.schemas import UncertaintyOptions
+from credence.serve.security import Security
 
 
 class FakeBackend:
@@ -27,14 +29,16 @@ class FakeBackend:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry, [("triage", "ivon", "sha256:" + "a" * 64)])
         self.draining = False
-        self.max_body_bytes = 4096
-        self.api_keys: tuple[str, ...] = ()
+        self.security = Security(max_body_bytes=4096)
         self.in_flight = InFlight()
         self.calls: list[tuple[dict[str, Any], UncertaintyOptions]] = []
         self.failure: Exception | None = None
         self.delay_s = 0.0
         self.cancelled = False
         self.stream: FakeStream | None = None
+
+    def most_samples(self, model: object, options: UncertaintyOptions) -> int:
+        return options.n_samples if isinstance(options.n_samples, int) else 8
 
     async def answer(
         self, path: str, body: dict[str, Any], options: UncertaintyOptions, scope: Scope
@@ -120,10 +124,7 @@ def post(app: Gate, path: str, content: bytes | dict, **options: Any) -> httpx.R
         b'{"model":"triage","prompt":"the word uncertainty in a prompt"}',
         b'{"model":"triage","uncertainty":false}',
         b'{"model":"triage","uncertainty":null}',
-        b"this is not JSON but says uncertainty",
-        b'["uncertainty"]',
         b'{"prompt":"\\u00e9"}',
-        b"",
     ],
 )
 def test_requests_without_uncertainty_pass_byte_for_byte(app: Gate, backend: FakeBackend, content: bytes) -> None:
@@ -217,7 +218,7 @@ def test_bad_options_name_the_key(app: Gate, backend: FakeBackend, value: object
 def test_not_a_number_is_refused(app: Gate) -> None:
     response = post(app, "/v1/completions", b'{"model":"triage","uncertainty":{"tau":NaN}}')
     assert response.status_code == 400
-    assert response.json()["error"]["param"] == "uncertainty.tau"
+    assert "NaN" in response.json()["error"]["message"]
 
 
 def test_bad_query_value(app: Gate) -> None:
@@ -270,12 +271,12 @@ def test_every_route_needs_the_key(
     app: Gate, backend: FakeBackend, path: str, header: dict[str, str], status: int
 ) -> None:
     """vLLM guards /v1 only."""
-    backend.api_keys = ("secret",)
+    backend.security.users = KeyRing(None, [plain_key("secret", name="default")])
     assert post(app, path, b"{}", headers=header).status_code == status
 
 
 def test_health_needs_no_key(app: Gate, backend: FakeBackend) -> None:
-    backend.api_keys = ("secret",)
+    backend.security.users = KeyRing(None, [plain_key("secret", name="default")])
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:

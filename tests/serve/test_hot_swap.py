@@ -75,7 +75,7 @@ def server(
     key.write_text(KEY)
     key.chmod(0o600)
     command = credence_command(
-        model_path, {"v1": versions["v1"].path}, "--adapter-root", str(folder), "--api-key-file", str(key)
+        model_path, {"v1": versions["v1"].path}, "--adapter-root", str(folder), "--admin-key-file", str(key)
     )
     running = start(command, tmp_path_factory.mktemp("server") / "log", "/readyz")
     running.client.headers.update(HEADERS)

@@ -79,14 +79,14 @@ def test_flags_of_the_user_are_left_alone(given: list[str]) -> None:
 
 
 def test_the_environment_carries_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (CONFIG_VARIABLE, "CREDENCE_PLUGIN_TOKEN", "VLLM_API_KEY", "VLLM_USE_V2_MODEL_RUNNER"):
+    for name in (CONFIG_VARIABLE, "CREDENCE_PLUGIN_TOKEN", "VLLM_USE_V2_MODEL_RUNNER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_PLUGINS", "mine")
-    launcher.set_environment(config(), ["key"])
+    launcher.set_environment(config())
     assert from_environment() == config()
     assert os.environ["VLLM_PLUGINS"] == "mine,credence,credence_http"
     assert len(os.environ["CREDENCE_PLUGIN_TOKEN"]) == 32
-    for name in (CONFIG_VARIABLE, "CREDENCE_PLUGIN_TOKEN", "VLLM_API_KEY", "VLLM_USE_V2_MODEL_RUNNER"):
+    for name in (CONFIG_VARIABLE, "CREDENCE_PLUGIN_TOKEN", "VLLM_USE_V2_MODEL_RUNNER"):
         os.environ.pop(name)
 
 
@@ -100,7 +100,7 @@ def test_the_second_model_runner_has_to_be_asked_for(
         monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
     else:
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", given)
-    launcher.set_environment(config(), [])
+    launcher.set_environment(config())
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == used
 
 
@@ -111,18 +111,6 @@ def test_plugin_without_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CONFIG_VARIABLE, json.dumps({"adapters": {}}))
     with pytest.raises(ConfigurationError, match="not valid"):
         from_environment()
-
-
-def test_api_key_file(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    path.write_text("secret\n")
-    assert launcher.api_keys(str(path)) == ["secret"]
-    path.write_text("")
-    with pytest.raises(ConfigurationError, match="one key"):
-        launcher.api_keys(str(path))
-    with pytest.raises(ConfigurationError, match="cannot be read"):
-        launcher.api_keys(str(tmp_path / "absent"))
-    assert launcher.api_keys(None) == []
 
 
 # Merged models
