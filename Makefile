@@ -18,7 +18,7 @@ TORCH = $(shell grep '^torch==' requirements/cpu.txt)
 READY = $(VENV)/.ready
 PACKAGES = adapters benchmarks clients cli demo serve training
 
-.PHONY: setup demo test test-quantization test-harnesses check format bench clean
+.PHONY: setup demo test test-quantization test-harnesses test-contracts test-fuzz check format bench clean
 
 setup: $(READY)
 
@@ -48,6 +48,18 @@ test-harnesses: setup
 	$(PIP) install --quiet --no-deps -r requirements/harnesses.txt
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/serve/test_lm_eval.py
 	$(PIP) uninstall --quiet --yes -r requirements/harnesses.txt
+
+# LiteLLM against a real server, with packages that nothing else here needs.
+test-contracts: setup
+	$(PIP) install --quiet --no-deps -r requirements/contracts.txt
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/contracts/test_litellm.py
+	$(PIP) uninstall --quiet --yes -r requirements/contracts.txt
+
+# Generated requests against docs/openapi.json, with packages that nothing else here needs.
+test-fuzz: setup
+	$(PIP) install --quiet --no-deps -r requirements/fuzz.txt
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/serve/test_fuzz.py
+	$(PIP) uninstall --quiet --yes -r requirements/fuzz.txt
 
 # mypy cannot follow the editable install's mapping, so it gets a tree of links.
 .typecheck/credence:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from credence.benchmarks.measure import BenchError, Measurement, process_tree, timed
 from credence.benchmarks.workload import TAU, Workload
@@ -76,7 +76,7 @@ class Target:
 
     url: str
     pids: list[int]
-    http: httpx.Client
+    http: httpx2.Client
 
     def complete(self, prompts: Sequence[Sequence[int]], body: dict[str, Any]) -> list[dict[str, Any]]:
         """Sends one completion request for each prompt, all at once, and returns the answers.
@@ -119,7 +119,7 @@ class Target:
         times = []
         request = {**body, "prompt": list(prompt), "stream": True}
         with self.http.stream("POST", "/v1/completions", json=request) as response:
-            if response.status_code != httpx.codes.OK:
+            if response.status_code != httpx2.codes.OK:
                 raise BenchError(f"{self.url} answered {response.status_code}: {response.read().decode()[:500]}")
             for line in response.iter_lines():
                 if line.startswith("data: {"):
@@ -132,7 +132,7 @@ class Target:
 
     def _complete(self, prompt: Sequence[int], body: dict[str, Any]) -> dict[str, Any]:
         response = self.http.post("/v1/completions", json={**body, "prompt": list(prompt)})
-        if response.status_code != httpx.codes.OK:
+        if response.status_code != httpx2.codes.OK:
             raise BenchError(f"{self.url} answered {response.status_code}: {response.text[:500]}")
         answer: dict[str, Any] = response.json()
         expected, got = body["max_tokens"] * body.get("n", 1), answer["usage"]["completion_tokens"]
@@ -229,10 +229,10 @@ def _running(
     url = f"http://127.0.0.1:{port}"
     variables = [f"{name}={value}" for name, value in {**settings.environment(), **environment}.items()]
     full = ["env", *variables, *command, *settings.flags(), "--port", str(port)]
-    limits = httpx.Limits(keepalive_expiry=3.0)
+    limits = httpx2.Limits(keepalive_expiry=3.0)
     with (
         Server(full, url=url, log=log) as server,
-        httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S, limits=limits) as http,
+        httpx2.Client(base_url=url, timeout=REQUEST_TIMEOUT_S, limits=limits) as http,
     ):
         progress(f"starting {'stock vLLM' if 'VLLM_PLUGINS' in environment else 'credence serve'}")
         _wait(server, http, health)
@@ -240,14 +240,14 @@ def _running(
         yield Target(url=url, pids=process_tree(server._process.pid), http=http)
 
 
-def _wait(server: Server, http: httpx.Client, health: str) -> None:
+def _wait(server: Server, http: httpx2.Client, health: str) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         server.check()
         try:
-            if http.get(health).status_code == httpx.codes.OK:
+            if http.get(health).status_code == httpx2.codes.OK:
                 return
-        except httpx.TransportError:
+        except httpx2.TransportError:
             pass  # not listening yet
         time.sleep(POLL_S)
     raise BenchError(f"the server was not ready within {READY_TIMEOUT_S:g} s; its log is {server.log}")

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from credence.cli import (
+    adapters,
     artifact,
     bench,
     complete,
@@ -23,6 +24,7 @@ from credence.cli import (
     harness,
     importer,
     keys,
+    openapi,
     reproduce,
     robustness,
     score,
@@ -53,12 +55,14 @@ app.command(
     "serve",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},
 )(serve.serve)
+app.command("openapi")(openapi.openapi)
 app.command("complete")(complete.complete)
 app.command("score")(score.score)
 app.command("export")(export.export)
 app.command(
     "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )(harness.lm_eval)
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(bench.app, name="bench")
 app.add_typer(keys.app, name="keys")
 

@@ -92,22 +92,17 @@ def _print_tokens(text: str, tokens: "tuple[TokenUncertainty, ...]", num_samples
     from rich.console import Console
     from rich.text import Text
 
+    from credence.clients.display import token_spans
+
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         print(text)
         print_token_table(tokens)
         return
-    # Model output goes through Text.append, so that square brackets in it are not read as markup. Tokens are looked up in the
-    # text, because a token decoded alone may lack its space.
+    # Model output goes through Text.append, so that square brackets in it are not read as markup.
     line = Text()
-    shown = 0
-    for token in tokens:
-        start = text.find(token.token, shown)
-        if start >= 0:
-            line.append(_harmless(text[shown:start]))
-            line.append(_harmless(token.token), style=_style(token, num_samples))
-            shown = start + len(token.token)
-    line.append(_harmless(text[shown:]))
+    for part, token in token_spans(text, tokens):
+        line.append(_harmless(part), style="" if token is None else _style(token, num_samples))
     console.print(line)
     console.print(
         Text.assemble(

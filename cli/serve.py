@@ -1,22 +1,68 @@
 """`credence serve`: vLLM's OpenAI server with Credence's plugins in it."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from credence.cli.output import needs_extra
+from credence.cli.output import needs_extra, print_table
+
+if TYPE_CHECKING:
+    from credence.serve.preflight import Row
+
+
+def _configure(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes a configuration file's values the defaults of the parameters that follow."""
+    if path is not None:
+        with needs_extra("serve"):
+            from credence.cli import serve_file
+        values = serve_file.read(context, path)
+        context.meta["vllm"] = values.pop(serve_file.VLLM, [])
+        context.default_map = values
+    return path
 
 
 def serve(
     context: typer.Context,
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Base model: a folder or hub id.", show_default=False)],
+    base: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="BASE", help="Base model: a folder or hub id.", envvar="CREDENCE_BASE", show_default=False
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="YAML file of these options, `adapters` and `vllm`.",
+            envvar="CREDENCE_CONFIG",
+            is_eager=True,
+            callback=_configure,
+            show_default=False,
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Verify what can be verified without an engine, print it, and exit with 0 or 2.",
+            envvar="CREDENCE_CHECK",
+        ),
+    ] = False,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", metavar="NAME=DIR", help="Serve the artifact DIR as model NAME; repeatable."),
+        typer.Option(
+            "--adapter",
+            metavar="NAME=DIR",
+            help="Serve the artifact DIR as model NAME; repeatable.",
+            envvar="CREDENCE_ADAPTER",
+        ),
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")] = 8000,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.", envvar="CREDENCE_HOST")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on.", envvar="CREDENCE_PORT")
+    ] = 8000,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
@@ -72,15 +118,21 @@ def serve(
         ),
     ] = None,
     default_samples: Annotated[
-        int, typer.Option("--default-samples", min=1, help="K of a request that does not say.")
+        int,
+        typer.Option(
+            "--default-samples", min=1, help="K of a request that does not say.", envvar="CREDENCE_DEFAULT_SAMPLES"
+        ),
     ] = 8,
-    max_samples: Annotated[int, typer.Option("--max-samples", min=1, help="Largest K of a request.")] = 32,
+    max_samples: Annotated[
+        int, typer.Option("--max-samples", min=1, help="Largest K of a request.", envvar="CREDENCE_MAX_SAMPLES")
+    ] = 32,
     sample_slots: Annotated[
         int | None,
         typer.Option(
             "--sample-slots",
             min=1,
             help="Samples kept by the workers, at least the largest K.",
+            envvar="CREDENCE_SAMPLE_SLOTS",
             show_default="every adapter's default samples and one request of the largest K",
         ),
     ] = None,
@@ -119,30 +171,69 @@ def serve(
             show_default="signatures are not required",
         ),
     ] = None,
+    max_inflight_rows: Annotated[
+        int,
+        typer.Option(
+            "--max-inflight-rows",
+            min=1,
+            help="Samples x sequences being answered at once; more get 503.",
+            envvar="CREDENCE_MAX_INFLIGHT_ROWS",
+        ),
+    ] = 1024,
+    readiness_timeout: Annotated[
+        float,
+        typer.Option(
+            "--readiness-timeout",
+            min=0.1,
+            help="Seconds that /readyz waits for its own small ensemble request.",
+            envvar="CREDENCE_READINESS_TIMEOUT",
+        ),
+    ] = 5.0,
 ) -> int:
     """Serve adapters with their uncertainty.
 
-    Flags that are not listed here go to vLLM as they are; BASE comes before them.
+    Flags that are not listed here go to vLLM as they are; BASE comes before them. A value on the command line wins over the
+    environment, which wins over the configuration file.
 
     \b
     Example:
       credence serve meta-llama/Llama-3.2-1B --adapter triage=out/triage --max-model-len 4096
+      credence serve --config serve.yaml --check
     """
-    if base.startswith("-"):
-        raise typer.BadParameter(f"BASE must come before vLLM's flags, got {base!r} first: credence serve BASE [flags]")
+    extra_args = list(context.args)
+    if base is not None and base.startswith("-"):
+        # With BASE from elsewhere, the first word of vLLM's flags was taken for it.
+        elsewhere = _base_from_elsewhere(context)
+        if elsewhere is None:
+            raise typer.BadParameter(
+                f"BASE must come before vLLM's flags, got {base!r} first: credence serve BASE [flags]"
+            )
+        base, extra_args = elsewhere, [base, *extra_args]
+    if base is None:
+        raise typer.BadParameter(
+            "no base model given: credence serve BASE --adapter NAME=DIR, or `base` in the --config file"
+        )
+    if "vllm" in context.meta:
+        from credence.cli import serve_file
+
+        extra_args = serve_file.joined(context.meta["vllm"], extra_args)
     adapters = _parse_adapters(adapter or [])
     if default_samples > max_samples:
         raise typer.BadParameter(
             f"--default-samples is {default_samples}, more than --max-samples {max_samples}; lower one or raise the other"
         )
+    if check:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
     with needs_extra("serve"):
         from credence.adapters import is_merged
         from credence.serve.launcher import main
+        from credence.serve.preflight import Checks
     if not adapters and adapter_dir is None and not is_merged(base):
         raise typer.BadParameter(
             f"no --adapter given, and {base} is no model of `credence merge`; add --adapter NAME=DIR or --adapter-dir DIR"
         )
-    return main(
+    checks = Checks(keep_going=check)
+    code = main(
         base=base,
         adapters=adapters,
         host=host,
@@ -153,7 +244,7 @@ def serve(
         return_samples=return_samples,
         max_sequences=max_sequences,
         audit_log=None if audit_log is None else str(audit_log),
-        extra_args=list(context.args),
+        extra_args=extra_args,
         default_samples=default_samples,
         max_samples=max_samples,
         sample_slots=sample_slots,
@@ -161,7 +252,26 @@ def serve(
         adapter_roots=[str(root) for root in adapter_root or ()],
         adapter_dir=None if adapter_dir is None else str(adapter_dir),
         trust=None if trust is None else str(trust),
+        max_inflight_rows=max_inflight_rows,
+        readiness_timeout_s=readiness_timeout,
+        checks=checks,
     )
+    if check:
+        results = [
+            (row.name, row.problem or row.found or "cannot be checked here", _verdict(row)) for row in checks.rows
+        ]
+        print_table(("check", "found", ""), results)
+    return code
+
+
+def _verdict(row: "Row") -> str:
+    return "REFUSED" if row.problem else "ok" if row.found else "not checked"
+
+
+def _base_from_elsewhere(context: typer.Context) -> str | None:
+    """BASE of the environment or the configuration file."""
+    given = os.environ.get("CREDENCE_BASE") or (context.default_map or {}).get("base")
+    return None if given is None else str(given)
 
 
 def _parse_adapters(given: list[str]) -> dict[str, str]:

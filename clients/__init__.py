@@ -1,12 +1,17 @@
-"""Client of a Credence server: httpx and pydantic, nothing heavy."""
+"""Client of a Credence server: httpx2, pydantic and rich, nothing heavy."""
 
+from credence.clients.admin import Adapters, AsyncAdapters
+from credence.clients.async_client import AsyncClient
 from credence.clients.client import Client
 from credence.clients.errors import (
+    Abstained,
     AuthenticationError,
     BadRequestError,
+    ConflictError,
     ConnectionFailedError,
     CredenceError,
-    DeadlineError,
+    DeadlineExceeded,
+    GatewayTimeoutError,
     InvalidResponseError,
     NotFoundError,
     PayloadTooLargeError,
@@ -21,12 +26,18 @@ from credence.clients.errors import (
     UnprocessableError,
 )
 from credence.clients.requests import (
+    ChatArguments,
+    CompletionArguments,
     GenerationOptions,
+    MapArguments,
+    MapOptions,
+    ScoreArguments,
     ScoringOptions,
     UncertaintyOptions,
 )
-from credence.clients.streaming import Stream
+from credence.clients.streaming import AsyncStream, Stream
 from credence.clients.types import (
+    Adapter,
     AdapterReference,
     AnswerShare,
     AutoSamples,
@@ -52,11 +63,18 @@ from credence.clients.types import (
 )
 
 __all__ = [
+    "Abstained",
+    "Adapter",
     "AdapterReference",
+    "Adapters",
     "AnswerShare",
+    "AsyncAdapters",
+    "AsyncClient",
+    "AsyncStream",
     "AuthenticationError",
     "AutoSamples",
     "BadRequestError",
+    "ChatArguments",
     "ChatChoice",
     "ChatChoiceIncrement",
     "ChatCompletion",
@@ -68,12 +86,17 @@ __all__ = [
     "ChoiceProbability",
     "Client",
     "Completion",
+    "CompletionArguments",
     "CompletionChunk",
+    "ConflictError",
     "ConnectionFailedError",
     "CredenceError",
-    "DeadlineError",
+    "DeadlineExceeded",
+    "GatewayTimeoutError",
     "GenerationOptions",
     "InvalidResponseError",
+    "MapArguments",
+    "MapOptions",
     "Model",
     "NotFoundError",
     "PayloadTooLargeError",
@@ -83,6 +106,7 @@ __all__ = [
     "RequestTimeoutError",
     "SampleAnswer",
     "Score",
+    "ScoreArguments",
     "ScoringOptions",
     "SequenceUncertainty",
     "ServerError",

@@ -1,45 +1,32 @@
 """The synchronous client: one method per question a caller has for a Credence server.
 
-What is retried, and what never is, stands in `credence.clients.transport`.
+What is retried, and what never is, stands in `credence.clients.calls`.
 """
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Any, Literal, Self, Unpack, overload
 
-import httpx
+import httpx2
 
-from credence.clients.errors import UncertaintyMissingError
+from credence.clients import questions
+from credence.clients.admin import Adapters
+from credence.clients.mapping import map_in_threads
+from credence.clients.questions import Items, Method
 from credence.clients.requests import (
-    ChatRequest,
-    CompletionRequest,
-    GenerationOptions,
+    ChatArguments,
+    CompletionArguments,
+    MapArguments,
     Messages,
     Prompt,
-    ScoringOptions,
-    generation_body,
-    score_body,
+    ScoreArguments,
 )
+from credence.clients.settings import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings
 from credence.clients.streaming import Stream
-from credence.clients.transport import Reply, Transport
-from credence.clients.types import (
-    ChatCompletion,
-    ChatCompletionChunk,
-    Completion,
-    CompletionChunk,
-    Model,
-    ModelList,
-    Score,
-)
+from credence.clients.transport import Transport
+from credence.clients.types import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, Model, Score
 
-DEFAULT_TIMEOUT_S = 60.0
-DEFAULT_MAX_RETRIES = 2
-
-_COMPLETIONS = "/v1/completions"
-_CHAT_COMPLETIONS = "/v1/chat/completions"
-_SCORE = "/v1/uncertainty/score"
-
-_AnswerT = TypeVar("_AnswerT", Completion, ChatCompletion)
+_No = Literal[False]
 
 
 class Client:
@@ -47,10 +34,16 @@ class Client:
 
     Usable as a context manager; otherwise call `close`. Threads may share one client.
 
+    Every method raises ValueError (TypeError where its name is unknown or missing) for a wrong argument, before anything is sent,
+    and CredenceError for anything else that goes wrong: see `credence.clients.errors`.
+
     Example:
         >>> with Client("http://localhost:8000") as client:
         ...     answer = client.complete("Text: hello\\nLabel:", model="triage", uncertainty=True, max_tokens=1)
         ...     print(answer.text, answer.uncertainty.confidence)
+
+    Attributes:
+        adapters: Administration of the server's adapters.
     """
 
     def __init__(
@@ -60,7 +53,7 @@ class Client:
         api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_retries: int = DEFAULT_MAX_RETRIES,
-        transport: httpx.BaseTransport | None = None,
+        transport: httpx2.BaseTransport | None = None,
     ) -> None:
         """Prepare the client; nothing is sent yet.
 
@@ -69,18 +62,18 @@ class Client:
             api_key: Sent as a bearer token.
             timeout_s: Longest wait for the answer, in seconds, for each attempt; of a stream, for each piece of it.
             max_retries: Attempts after the first.
-            transport: An httpx transport, to test without a network.
+            transport: An httpx2 transport, to test without a network.
 
         Raises:
             ValueError: If an argument is not usable; the message never contains the key.
         """
-        self._transport = Transport(
-            base_url, api_key=api_key, timeout_s=timeout_s, max_retries=max_retries, transport=transport
-        )
+        settings = Settings(base_url, api_key=api_key, timeout_s=timeout_s, max_retries=max_retries)
+        self._transport = Transport(settings, transport)
+        self.adapters = Adapters(self._transport)
 
     def __repr__(self) -> str:
         """Return the address only: the key stays out of logs."""
-        return f"Client({self._transport.base_url!r})"
+        return f"Client({self._transport.settings.base_url!r})"
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -96,216 +89,123 @@ class Client:
         """Close the connections; the client cannot be used afterwards."""
         self._transport.close()
 
-    def complete(
-        self,
-        prompt: Prompt | Sequence[Prompt],
-        *,
-        model: str,
-        uncertainty: bool = False,
-        logprobs: int | None = None,
-        **options: Unpack[GenerationOptions],
-    ) -> Completion:
+    def complete(self, prompt: Prompt | Sequence[Prompt], **arguments: Unpack[CompletionArguments]) -> Completion:
         """Complete a prompt or several, with the uncertainty of each completion when asked for.
 
         Args:
             prompt: Text or token ids, or a list of texts or of lists of token ids.
-            model: Name of an adapter (or of the base model, without uncertainty).
-            uncertainty: Ask for the uncertainty of every choice.
-            logprobs: Number of most likely tokens to report at each position.
-            options: See `GenerationOptions`; what is left out or None is the server's default.
+            arguments: See `CompletionArguments`; what is left out or None is the server's default.
 
         Returns:
             The completion; with `uncertainty=True` every choice has its `uncertainty`.
 
         Raises:
-            ValueError: An argument is wrong; nothing was sent.
             UncertaintyMissingError: The server ignored the question for uncertainty.
-            CredenceError: Anything else that goes wrong; see `credence.clients.errors`.
         """
-        body = generation_body(
-            CompletionRequest,
-            uncertainty=uncertainty,
-            options=options,
-            stream=False,
-            model=model,
-            prompt=prompt,
-            logprobs=logprobs,
-        )
-        reply = self._transport.send("POST", _COMPLETIONS, body)
-        return _checked(reply.parsed(Completion), reply, uncertainty)
+        return self._transport.ask(questions.completion(prompt, arguments))
 
     def stream_complete(
-        self,
-        prompt: Prompt | Sequence[Prompt],
-        *,
-        model: str,
-        uncertainty: bool = False,
-        logprobs: int | None = None,
-        **options: Unpack[GenerationOptions],
+        self, prompt: Prompt | Sequence[Prompt], **arguments: Unpack[CompletionArguments]
     ) -> Stream[CompletionChunk]:
-        """Complete a prompt or several, and hand out the text as it is generated.
+        """Complete a prompt or several, and hand out the text as it is generated; arguments as for `complete`.
 
         The request is sent by the call; its errors are raised here, those of the answer's course by the iteration. With mode
         `ensemble` and granularity `token` every chunk has the scores of its tokens; the other modes send them with the end.
 
-        Args:
-            prompt: Text or token ids, or a list of texts or of lists of token ids.
-            model: Name of an adapter (or of the base model, without uncertainty).
-            uncertainty: Ask for the uncertainty of every choice.
-            logprobs: Number of most likely tokens to report at each position.
-            options: See `GenerationOptions`; what is left out or None is the server's default.
-
         Returns:
             An iterator of chunks, to be closed (it is a context manager) unless it is read to its end.
-
-        Raises:
-            ValueError: An argument is wrong; nothing was sent.
-            CredenceError: See `credence.clients.errors`, and `Stream` for what the iteration raises.
         """
-        body = generation_body(
-            CompletionRequest,
-            uncertainty=uncertainty,
-            options=options,
-            stream=True,
-            model=model,
-            prompt=prompt,
-            logprobs=logprobs,
-        )
-        reply = self._transport.send("POST", _COMPLETIONS, body, stream=True)
-        return Stream(reply, CompletionChunk, transport=self._transport, uncertainty=uncertainty)
+        return self._transport.stream(questions.completion_stream(prompt, arguments))
 
-    def chat(
-        self,
-        messages: Messages,
-        *,
-        model: str,
-        uncertainty: bool = False,
-        logprobs: bool | None = None,
-        top_logprobs: int | None = None,
-        **options: Unpack[GenerationOptions],
-    ) -> ChatCompletion:
+    def chat(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> ChatCompletion:
         """Answer a conversation, with the uncertainty of each answer when asked for.
 
         Args:
             messages: The conversation, oldest first: OpenAI's messages, for example `{"role": "user", "content": "hello"}`.
-            model: Name of an adapter (or of the base model, without uncertainty).
-            uncertainty: Ask for the uncertainty of every choice.
-            logprobs: Report the log-probabilities of the answer's tokens.
-            top_logprobs: Number of most likely tokens to report at each position.
-            options: See `GenerationOptions`; what is left out or None is the server's default.
+            arguments: See `ChatArguments`; what is left out or None is the server's default.
 
         Returns:
             The answer; with `uncertainty=True` every choice has its `uncertainty`.
 
         Raises:
-            ValueError: An argument is wrong; nothing was sent.
             UncertaintyMissingError: The server ignored the question for uncertainty.
-            CredenceError: Anything else that goes wrong; see `credence.clients.errors`.
         """
-        body = generation_body(
-            ChatRequest,
-            uncertainty=uncertainty,
-            options=options,
-            stream=False,
-            model=model,
-            messages=messages,
-            logprobs=logprobs,
-            top_logprobs=top_logprobs,
-        )
-        reply = self._transport.send("POST", _CHAT_COMPLETIONS, body)
-        return _checked(reply.parsed(ChatCompletion), reply, uncertainty)
+        return self._transport.ask(questions.chat(messages, arguments))
 
-    def stream_chat(
-        self,
-        messages: Messages,
-        *,
-        model: str,
-        uncertainty: bool = False,
-        logprobs: bool | None = None,
-        top_logprobs: int | None = None,
-        **options: Unpack[GenerationOptions],
-    ) -> Stream[ChatCompletionChunk]:
-        """Answer a conversation, and hand out the text as it is generated; see `chat` and `stream_complete`.
+    def stream_chat(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> Stream[ChatCompletionChunk]:
+        """Answer a conversation, and hand out the text as it is generated; see `chat` and `stream_complete`."""
+        return self._transport.stream(questions.chat_stream(messages, arguments))
 
-        Returns:
-            An iterator of chunks, to be closed (it is a context manager) unless it is read to its end.
-
-        Raises:
-            ValueError: An argument is wrong; nothing was sent.
-            CredenceError: See `credence.clients.errors`, and `Stream` for what the iteration raises.
-        """
-        body = generation_body(
-            ChatRequest,
-            uncertainty=uncertainty,
-            options=options,
-            stream=True,
-            model=model,
-            messages=messages,
-            logprobs=logprobs,
-            top_logprobs=top_logprobs,
-        )
-        reply = self._transport.send("POST", _CHAT_COMPLETIONS, body, stream=True)
-        return Stream(reply, ChatCompletionChunk, transport=self._transport, uncertainty=uncertainty)
-
-    def score(
-        self,
-        *,
-        model: str,
-        prompt: Prompt | None = None,
-        completion: Prompt | None = None,
-        messages: Messages | None = None,
-        **options: Unpack[ScoringOptions],
-    ) -> Score:
+    def score(self, **arguments: Unpack[ScoreArguments]) -> Score:
         """Compute the uncertainty of a completion that exists already; nothing is generated.
 
-        Give `prompt` and `completion`, or `messages`.
+        Args:
+            arguments: See `ScoreArguments`: `prompt` and `completion`, or `messages`, and options.
+
+        Raises:
+            NotFoundError: There is no such model, or the server is a plain vLLM.
+        """
+        return self._transport.ask(questions.score(arguments))
+
+    @overload
+    def map(
+        self,
+        items: Items,
+        *,
+        ask: Literal["complete"] = ...,
+        return_errors: _No = ...,
+        **arguments: Unpack[MapArguments],
+    ) -> list[Completion]: ...
+
+    @overload
+    def map(
+        self, items: Items, *, ask: Literal["chat"], return_errors: _No = ..., **arguments: Unpack[MapArguments]
+    ) -> list[ChatCompletion]: ...
+
+    @overload
+    def map(
+        self, items: Items, *, ask: Literal["score"], return_errors: _No = ..., **arguments: Unpack[MapArguments]
+    ) -> list[Score]: ...
+
+    @overload
+    def map(
+        self, items: Items, *, ask: Method = ..., return_errors: bool, **arguments: Unpack[MapArguments]
+    ) -> list[Any]: ...
+
+    def map(
+        self,
+        items: Items,
+        *,
+        ask: Method = "complete",
+        return_errors: bool = False,
+        **arguments: Unpack[MapArguments],
+    ) -> list[Any]:
+        """Ask one question for each item, several at once, in threads.
+
+        All questions are checked before the first is sent. After the first error no further one is begun, and those under way
+        are waited for.
 
         Args:
-            model: Name of an adapter.
-            prompt: Text, or token ids.
-            completion: Text, or token ids, that continues the prompt.
-            messages: A conversation whose last message, the assistant's, is scored.
-            options: See `ScoringOptions`; what is left out or None is the server's default.
+            items: Prompts for `complete`, conversations for `chat`; or dictionaries of the method's arguments, which come before
+                those given for all. `score` takes dictionaries only (`prompt` and `completion`, or `messages`).
+            ask: The method.
+            return_errors: Put a CredenceError in its answer's place, and go on.
+            arguments: `concurrency`, `progress` (see `MapOptions`) and arguments of the method, for all items.
 
         Returns:
-            The scores of the completion.
-
-        Raises:
-            ValueError: An argument is wrong; nothing was sent.
-            CredenceError: See `credence.clients.errors`; NotFoundError also where the server is a plain vLLM.
+            The answers, in the order of the items.
         """
-        body = score_body(model=model, prompt=prompt, completion=completion, messages=messages, options=options)
-        reply = self._transport.send("POST", _SCORE, body)
-        return reply.parsed(Score).model_copy(update={"request_id": reply.request_id})
+        asked = questions.of_items(items, ask, arguments)
+        return map_in_threads(self._transport.ask, asked, arguments, return_errors=return_errors)
 
     def models(self) -> tuple[Model, ...]:
-        """List what the server serves: the base model and every adapter, with its posterior where it has one.
-
-        Raises:
-            CredenceError: See `credence.clients.errors`.
-        """
-        return self._transport.send("GET", "/v1/models").parsed(ModelList).data
+        """List what the server serves: the base model and every adapter, with its posterior where it has one."""
+        return self._transport.ask(questions.MODELS)
 
     def health(self) -> bool:
-        """Ask whether the server process is alive (GET /livez); False when it answers 503.
-
-        Raises:
-            CredenceError: The server cannot be reached, or answers with another error.
-        """
-        return self._transport.alive("/livez")
+        """Ask whether the server process is alive (GET /livez); False when it answers 503. Never retried."""
+        return self._transport.alive(questions.LIVENESS)
 
     def ready(self) -> bool:
-        """Ask whether the server takes requests (GET /readyz); False when it answers 503.
-
-        Raises:
-            CredenceError: The server cannot be reached, or answers with another error.
-        """
-        return self._transport.alive("/readyz")
-
-
-def _checked(answer: _AnswerT, reply: Reply, uncertainty: bool) -> _AnswerT:
-    """Add the request id; refuse an answer without the uncertainty that was asked for."""
-    missing = tuple(choice.index for choice in answer.choices if choice.uncertainty is None)
-    if uncertainty and missing:
-        raise UncertaintyMissingError.of_choices(missing, request_id=reply.request_id)
-    return answer.model_copy(update={"request_id": reply.request_id})
+        """Ask whether the server takes requests (GET /readyz); False when it answers 503. Never retried."""
+        return self._transport.alive(questions.READINESS)

@@ -5,14 +5,17 @@ CredenceError
 +-- TransportError               no usable answer arrived
 |   +-- ConnectionFailedError    no connection (also a ConnectionError); the request was never sent
 |   +-- RequestTimeoutError      no answer in time (also a TimeoutError); the server may still have done the work
+|   +-- DeadlineExceeded         no answer within the call's deadline_s, retries and waits included (also a TimeoutError)
 +-- InvalidResponseError         an answer arrived, but it breaks the contract
 |   +-- UncertaintyMissingError  uncertainty was asked for, and a choice came back without it
++-- Abstained                    an answer is less sure than `require_trust` was told to accept
 +-- StatusError                  the server answered with an error; subclasses by HTTP status:
-    +-- BadRequestError 400       +-- UnprocessableError 422
-    +-- AuthenticationError 401   +-- RateLimitError 429
-    +-- PermissionDeniedError 403 +-- ServerError 5xx
-    +-- NotFoundError 404             +-- ServiceUnavailableError 503
-    +-- PayloadTooLargeError 413      +-- DeadlineError 504
+    +-- BadRequestError 400       +-- PayloadTooLargeError 413
+    +-- AuthenticationError 401   +-- UnprocessableError 422
+    +-- PermissionDeniedError 403 +-- RateLimitError 429
+    +-- NotFoundError 404         +-- ServerError 5xx
+    +-- ConflictError 409             +-- ServiceUnavailableError 503
+                                      +-- GatewayTimeoutError 504
 ```
 
 Catch `CredenceError` to catch all. Every error carries `message`, `status`, `type`, `code`, `param`, `request_id` and
@@ -22,11 +25,10 @@ that the server reports in the middle of a stream is the StatusError of the stat
 
 import json
 import re
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
-
-import httpx
 
 _SHOWN_BODY_CHARS = 200
 
@@ -83,6 +85,28 @@ class RequestTimeoutError(TransportError, TimeoutError):
     """The request was sent, or was being sent, and no answer came in time; the server may still have done the work."""
 
 
+class DeadlineExceeded(TransportError, TimeoutError):
+    """The call's own deadline passed, or would have passed before the server wants to be asked again.
+
+    `status`, `code`, `retry_after_s` and `__cause__` are those of the last attempt, where it ended in an error.
+
+    Attributes:
+        deadline_s: What the call was given, in seconds.
+        spent_s: What it took until it was given up, in seconds.
+        waited_s: The part of it between attempts, in seconds.
+        attempts: Requests that were begun.
+    """
+
+    def __init__(
+        self, message: str, *, deadline_s: float, spent_s: float, waited_s: float, attempts: int, **facts: Any
+    ) -> None:
+        super().__init__(message, **facts)
+        self.deadline_s = deadline_s
+        self.spent_s = spent_s
+        self.waited_s = waited_s
+        self.attempts = attempts
+
+
 class InvalidResponseError(CredenceError):
     """The server answered with success, but the body is not what the contract promises."""
 
@@ -109,6 +133,32 @@ class UncertaintyMissingError(InvalidResponseError):
         )
 
 
+class Abstained(CredenceError):
+    """An answer is not to be trusted: a confidence is missing, too low or (where that was required) not calibrated.
+
+    Attributes:
+        answer: The answer, all of it.
+        confidence: Its confidence, of several choices the lowest; None where one has none.
+        threshold: The confidence that was asked for.
+        choice_indices: The choices that fail.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        answer: Any,
+        confidence: float | None,
+        threshold: float,
+        choice_indices: tuple[int, ...],
+    ) -> None:
+        super().__init__(message, request_id=getattr(answer, "request_id", None))
+        self.answer = answer
+        self.confidence = confidence
+        self.threshold = threshold
+        self.choice_indices = choice_indices
+
+
 class StatusError(CredenceError):
     """The server answered with an error status; this class itself stands for statuses without a class of their own."""
 
@@ -126,7 +176,11 @@ class PermissionDeniedError(StatusError):
 
 
 class NotFoundError(StatusError):
-    """404: no such model or route."""
+    """404: no such model, adapter or route."""
+
+
+class ConflictError(StatusError):
+    """409: what is to be made exists already."""
 
 
 class PayloadTooLargeError(StatusError):
@@ -134,7 +188,7 @@ class PayloadTooLargeError(StatusError):
 
 
 class UnprocessableError(StatusError):
-    """422: the adapter's artifact is bad; the message carries the reason."""
+    """422: an adapter's artifact was refused; `code` is the reason."""
 
 
 class RateLimitError(StatusError):
@@ -149,7 +203,7 @@ class ServiceUnavailableError(ServerError):
     """503: the server is full, draining or not ready."""
 
 
-class DeadlineError(ServerError):
+class GatewayTimeoutError(ServerError):
     """504: the server gave up at its own deadline."""
 
 
@@ -158,32 +212,37 @@ _BY_STATUS: dict[int, type[StatusError]] = {
     401: AuthenticationError,
     403: PermissionDeniedError,
     404: NotFoundError,
+    409: ConflictError,
     413: PayloadTooLargeError,
     422: UnprocessableError,
     429: RateLimitError,
     503: ServiceUnavailableError,
-    504: DeadlineError,
+    504: GatewayTimeoutError,
 }
 
 
-def error_from_response(response: httpx.Response, *, request_id: str | None = None) -> StatusError:
+def error_from_answer(
+    status: int, headers: Mapping[str, str], content: bytes, *, request_id: str | None = None
+) -> StatusError:
     """Build the error of an answer with an error status, whatever its body looks like.
 
     Reads OpenAI's envelope `{"error": {"message", "type", "param", "code"}}`, the flat form of it, FastAPI's
     `{"detail": ...}`, and falls back to the start of the text (a proxy's page).
 
     Args:
-        response: The answer, already read.
+        status: HTTP status.
+        headers: Headers of the answer, whose names do not depend on case.
+        content: The body.
         request_id: Id the request was sent with, used when the answer names none.
 
     Returns:
         The error, of the class its status has in the tree.
     """
     return _status_error(
-        response.status_code,
-        _error_fields(response),
-        request_id=response.headers.get("x-request-id") or request_id,
-        retry_after_s=parse_retry_after(response.headers.get("retry-after")),
+        status,
+        _error_fields(status, content),
+        request_id=headers.get("x-request-id") or request_id,
+        retry_after_s=parse_retry_after(headers.get("retry-after")),
     )
 
 
@@ -244,12 +303,12 @@ def parse_retry_after(value: str | None) -> float | None:
     return seconds if 0.0 <= seconds < float("inf") else None
 
 
-def _error_fields(response: httpx.Response) -> dict[str, Any]:
+def _error_fields(status: int, content: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(response.content)
+        body = json.loads(content)
     except ValueError:  # bad JSON, and bytes that are not text
-        shown = " ".join(response.text.split())[:_SHOWN_BODY_CHARS]
-        return {"message": f"the server answered {response.status_code}: {shown}" if shown else None}
+        shown = " ".join(content.decode(errors="replace").split())[:_SHOWN_BODY_CHARS]
+        return {"message": f"the server answered {status}: {shown}" if shown else None}
     return _envelope_fields(body) if isinstance(body, dict) else {}
 
 

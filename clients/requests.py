@@ -6,7 +6,7 @@ shows its value, unless the value may hold text of the caller.
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, Required, TypedDict, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -46,7 +46,7 @@ _RequestT = TypeVar("_RequestT", bound="_Request")
 
 
 class ScoringOptions(TypedDict, total=False):
-    """Arguments of `Client.score`; what is left out or None is the server's default. See `UncertaintyOptions`."""
+    """Options of `score`; what is left out or None is the server's default. See `UncertaintyOptions`."""
 
     n_samples: NumSamples | None
     tau: float | None
@@ -60,7 +60,7 @@ class ScoringOptions(TypedDict, total=False):
 
 
 class GenerationOptions(ScoringOptions, total=False):
-    """Arguments that `complete`, `chat` and their streams share; what is left out or None is the server's default.
+    """Options that `complete`, `chat` and their streams share; what is left out or None is the server's default.
 
     Those from `n_samples` to `stop_confidence`, `mode`, `choices` and `length_normalized` need `uncertainty=True` and are described
     at `UncertaintyOptions`. The others are OpenAI's and vLLM's, except `sampling_seed` (their `seed`, of the choice of tokens) and
@@ -85,6 +85,77 @@ class GenerationOptions(ScoringOptions, total=False):
     n: int | None
     sampling_seed: int | None
     extra_body: Mapping[str, object] | None
+
+
+class CompletionArguments(GenerationOptions, total=False):
+    """Arguments of `complete` and `stream_complete` beside the prompt.
+
+    Attributes:
+        model: Name of an adapter (or of the base model, without uncertainty).
+        uncertainty: Ask for the uncertainty of every choice.
+        logprobs: Number of most likely tokens to report at each position.
+        deadline_s: Seconds for the whole call: all attempts, the waits between them, and reading the answer. None is no limit.
+    """
+
+    model: Required[str]
+    uncertainty: bool
+    logprobs: int | None
+    deadline_s: float | None
+
+
+class ChatArguments(GenerationOptions, total=False):
+    """Arguments of `chat` and `stream_chat` beside the messages; see `CompletionArguments`.
+
+    Attributes:
+        logprobs: Report the log-probabilities of the answer's tokens.
+        top_logprobs: Number of most likely tokens to report at each position.
+    """
+
+    model: Required[str]
+    uncertainty: bool
+    logprobs: bool | None
+    top_logprobs: int | None
+    deadline_s: float | None
+
+
+class ScoreArguments(ScoringOptions, total=False):
+    """Arguments of `score`: `prompt` and `completion`, or `messages`.
+
+    Attributes:
+        model: Name of an adapter.
+        prompt: Text, or token ids.
+        completion: Text, or token ids, that continues the prompt.
+        messages: A conversation whose last message, the assistant's, is scored.
+        deadline_s: Seconds for the whole call; see `CompletionArguments`.
+    """
+
+    model: Required[str]
+    prompt: Prompt | None
+    completion: Prompt | None
+    messages: Messages | None
+    deadline_s: float | None
+
+
+class MapOptions(TypedDict, total=False):
+    """How a `map` goes about its questions.
+
+    Attributes:
+        concurrency: Questions under way at once (8).
+        progress: Show a progress bar on standard error; None, the default, does so on a terminal and in a notebook.
+    """
+
+    concurrency: int
+    progress: bool | None
+
+
+class MapArguments(MapOptions, GenerationOptions, total=False):
+    """`MapOptions`, and the arguments of the method that all questions of a `map` share."""
+
+    model: str
+    uncertainty: bool
+    logprobs: bool | int | None
+    top_logprobs: int | None
+    deadline_s: float | None
 
 
 def _check_roles(messages: list[dict[str, JsonValue]]) -> list[dict[str, JsonValue]]:
@@ -191,29 +262,28 @@ class ScoreRequest(_Request):
 
 def generation_body(
     request: type[CompletionRequest] | type[ChatRequest],
+    arguments: Mapping[str, Any],
     *,
-    uncertainty: bool,
-    options: GenerationOptions,
     stream: bool,
-    **fields: object,
+    **subject: object,
 ) -> dict[str, Any]:
     """Build the body of a completion or chat request.
 
     Args:
         request: What the body is checked against.
-        uncertainty: Whether uncertainty is asked for.
-        options: The caller's further arguments, not checked yet.
+        arguments: The caller's, not checked yet.
         stream: Ask for a stream that ends with the usage.
-        fields: Fields of the request itself.
+        subject: The prompt or the messages.
 
     Returns:
         The body, with only what was given.
 
     Raises:
         ValueError: An argument is wrong.
-        TypeError: An argument is unknown.
+        TypeError: An argument is unknown or missing.
     """
-    given = _known(options, GenerationOptions)
+    given = _known(arguments, CompletionArguments if request is CompletionRequest else ChatArguments)
+    uncertainty = given.pop("uncertainty", False)
     if not isinstance(uncertainty, bool):
         raise ValueError(
             f"uncertainty is {uncertainty!r}; give True or False, and its options as arguments of their own"
@@ -228,29 +298,21 @@ def generation_body(
         given["uncertainty"] = _uncertainty_options(asked) if asked else True
     if stream:
         given |= {"stream": True, "stream_options": StreamOptions(include_usage=True)}
-    body = _validated(request, given | {name: _plain(value) for name, value in fields.items() if value is not None})
+    body = _validated(request, given | {name: _plain(value) for name, value in subject.items()})
     return body.model_dump(mode="json", exclude_none=True) | _extra_fields(extra, request)
 
 
-def score_body(
-    *,
-    model: str,
-    prompt: Prompt | None,
-    completion: Prompt | None,
-    messages: Messages | None,
-    options: ScoringOptions,
-) -> dict[str, Any]:
+def score_body(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Build the body of a scoring request.
 
     Raises:
         ValueError: An argument is wrong, or it is not exactly one of (prompt and completion) and messages.
-        TypeError: An argument is unknown.
+        TypeError: An argument is unknown or missing.
     """
-    asked = _known(options, ScoringOptions)
-    if (prompt is None) != (completion is None) or (prompt is None) == (messages is None):
+    given = _known(arguments, ScoreArguments)
+    if ("prompt" in given) != ("completion" in given) or ("prompt" in given) == ("messages" in given):
         raise ValueError("score needs either prompt and completion, or messages that end with the assistant's")
-    fields = {"model": model, "prompt": _plain(prompt), "completion": _plain(completion), "messages": _plain(messages)}
-    given = {name: value for name, value in fields.items() if value is not None}
+    asked = {name: given.pop(name) for name in UncertaintyOptions.model_fields if name in given}
     if asked:
         given["uncertainty"] = _uncertainty_options(asked)
     request = _validated(ScoreRequest, given)
@@ -285,15 +347,19 @@ def _uncertainty_options(asked: dict[str, Any]) -> UncertaintyOptions:
     return checked
 
 
-def _known(options: Mapping[str, Any], allowed: type) -> dict[str, Any]:
-    """Return the options that are not None, with sequences as lists; refuses names that are not arguments."""
-    names = allowed.__optional_keys__  # type: ignore[attr-defined]
-    for name in options:
+def _known(arguments: Mapping[str, Any], allowed: type) -> dict[str, Any]:
+    """Return the arguments of the body that are not None, with sequences as lists; refuses names that are not arguments."""
+    names = allowed.__annotations__.keys()
+    for name in arguments:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}"
             raise TypeError(f"there is no argument {name!r}; {hint}")
-    return {name: _plain(value) for name, value in options.items() if value is not None}
+    if "model" not in arguments:
+        raise TypeError("the argument 'model' is missing; give the name of an adapter")
+    given = {name: _plain(value) for name, value in arguments.items() if value is not None}
+    given.pop("deadline_s", None)  # the client's own
+    return given
 
 
 def _plain(value: Any) -> Any:

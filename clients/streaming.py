@@ -1,24 +1,20 @@
-"""Answers that arrive in pieces: server-sent events decoded from bytes, and an iterator of typed chunks over them."""
+"""Answers that arrive in pieces: server-sent events decoded from bytes, and iterators of typed chunks over them."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
-from credence.clients.errors import CredenceError, TransportError, UncertaintyMissingError, error_from_event
-from credence.clients.transport import Reply, Transport
-from credence.clients.types import (
-    ChatChoiceIncrement,
-    ChatCompletionChunk,
-    ChoiceIncrement,
-    CompletionChunk,
-    Uncertainty,
-    Usage,
-)
+import httpx2
+
+from credence.clients.calls import Call
+from credence.clients.errors import TransportError, UncertaintyMissingError, error_from_event
+from credence.clients.types import Chunk, Increment, Uncertainty, Usage
 
 _END = b"[DONE]"
 
-_ChunkT = TypeVar("_ChunkT", CompletionChunk, ChatCompletionChunk)
-_IncrementT = TypeVar("_IncrementT", ChoiceIncrement, ChatChoiceIncrement)
+ChunkT = TypeVar("ChunkT", bound=Chunk[Any])
+_IncrementT = TypeVar("_IncrementT", bound=Increment)
 
 
 class EventDecoder:
@@ -58,13 +54,8 @@ class EventDecoder:
                 self._line.clear()
 
 
-class Stream(Generic[_ChunkT]):
-    """The chunks of one answer, as they arrive.
-
-    Use it as a context manager, or call `close`, unless it is read to its end: leaving it early closes the connection, and
-    the server stops working on the answer. What ends it other than the server's own end mark is raised by the iteration:
-    TransportError where the connection broke (nothing is ever repeated), the StatusError that the server reports,
-    UncertaintyMissingError where a choice ended without the uncertainty that was asked for.
+class _Chunks(Generic[ChunkT]):
+    """What is known about a stream, and how parts of its body become chunks.
 
     Attributes:
         request_id: Id of the request in the server's log.
@@ -72,110 +63,49 @@ class Stream(Generic[_ChunkT]):
         usage: Token counts, once they have arrived.
     """
 
-    def __init__(
-        self,
-        reply: Reply,
-        chunk: type[_ChunkT],
-        *,
-        transport: Transport,
-        uncertainty: bool,
-    ) -> None:
-        """Take over an answer whose body is not read yet.
-
-        Args:
-            reply: The answer; it is closed with the stream.
-            chunk: Type of the chunks.
-            transport: What the answer came through.
-            uncertainty: Whether uncertainty was asked for.
-
-        Raises:
-            InvalidResponseError: The answer is no stream of events.
-        """
-        self.request_id = reply.request_id
+    def __init__(self, call: Call[ChunkT], response: httpx2.Response) -> None:
+        self._call = call
+        self._response = response
+        self._reply = call.reply(response)
+        self._decoder = EventDecoder()
+        self._ended = False
+        self._num_tokens: dict[int, int] = {}
+        self.request_id = self._reply.request_id
         self.uncertainties: dict[int, Uncertainty] = {}
         self.usage: Usage | None = None
-        self._reply = reply
-        self._chunk: type[_ChunkT] = chunk
-        self._transport = transport
-        self._uncertainty = uncertainty
-        self._num_tokens: dict[int, int] = {}
-        self._chunks: Generator[_ChunkT, None, None] = self._read()
-        kind = reply.response.headers.get("content-type", "nothing named")
-        if not kind.startswith("text/event-stream"):
-            self.close()
-            raise reply.invalid(f"the body is {kind}, not text/event-stream")
 
     @property
     def uncertainty(self) -> Uncertainty | None:
         """Uncertainty of the first choice; None while it has not arrived, or when it was not asked for."""
         return self.uncertainties.get(0)
 
-    def __enter__(self) -> Self:
-        """Return the stream."""
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the stream."""
-        self.close()
-
-    def __iter__(self) -> Self:
-        """Return the stream itself: it can be read once."""
-        return self
-
-    def __next__(self) -> _ChunkT:
-        """Wait for the next chunk.
-
-        Raises:
-            StopIteration: The answer is complete, or the stream is closed.
-            CredenceError: See the class.
-        """
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Around the reading of the whole body. What breaks after the end mark no longer matters."""
         try:
-            return next(self._chunks)
-        except BaseException:
-            self.close()
-            raise
+            with self._call.translated():
+                yield
+        except TransportError:
+            if not self._ended:
+                raise
+        if not self._ended:
+            raise self._call.broken("the stream ended early")
 
-    def close(self) -> None:
-        """Close the connection; harmless when repeated."""
-        self._chunks.close()
-        self._reply.response.close()
-
-    def _read(self) -> Generator[_ChunkT, None, None]:
-        events = self._events()
-        for event in events:
+    def _feed(self, part: bytes) -> Iterator[ChunkT]:
+        """Yield the chunks that are complete with this part. What follows the end mark, the end of the body, is passed over."""
+        for event in self._decoder.feed(self._call.in_time(part)):
+            if self._ended:
+                return
             if event == _END:
+                self._ended = True
                 self._check_uncertainty()
-                self._drain(events)
                 return
             error = error_from_event(event, request_id=self.request_id)
             if error is not None:
                 raise error
-            yield self._noted(self._reply.parsed(self._chunk, event))
-        raise TransportError(
-            f"the stream from {self._transport.base_url} ended before the answer was complete; "
-            "whether the server did the work is unknown",
-            request_id=self.request_id,
-        )
+            yield self._noted(self._call.question.read(self._reply, event))
 
-    def _events(self) -> Iterator[bytes]:
-        decoder = EventDecoder()
-        response = self._reply.response
-        with self._transport.translated(response.request.url.path, self.request_id):
-            for part in response.iter_bytes():
-                yield from decoder.feed(part)
-
-    @staticmethod
-    def _drain(events: Iterator[bytes]) -> None:
-        """Read what follows the end mark, nothing but the end of the body, so that the connection can be used again."""
-        try:
-            for _ in events:
-                pass
-        except CredenceError:
-            pass  # the answer is complete, and a broken connection is not used again
-
-    def _noted(self, chunk: _ChunkT) -> _ChunkT:
+    def _noted(self, chunk: ChunkT) -> ChunkT:
         if chunk.usage is not None:
             self.usage = chunk.usage
         if not chunk.choices:
@@ -194,5 +124,100 @@ class Stream(Generic[_ChunkT]):
 
     def _check_uncertainty(self) -> None:
         missing = tuple(sorted((self._num_tokens.keys() or {0}) - self.uncertainties.keys()))
-        if self._uncertainty and missing:
+        if self._call.question.uncertainty and missing:
             raise UncertaintyMissingError.of_choices(missing, request_id=self.request_id)
+
+
+class Stream(_Chunks[ChunkT]):
+    """The chunks of one answer, as they arrive.
+
+    Use it as a context manager, or call `close`, unless it is read to its end: leaving it early closes the connection, and
+    the server stops working on the answer. What ends it other than the server's own end mark is raised by the iteration:
+    TransportError where the connection broke or the deadline passed (nothing is ever repeated), the StatusError that the
+    server reports, UncertaintyMissingError where a choice ended without the uncertainty that was asked for.
+    `request_id`, `usage`, `uncertainty` (of the first choice) and `uncertainties` (by index) are filled in as they arrive.
+    """
+
+    def __init__(self, call: Call[ChunkT], response: httpx2.Response) -> None:
+        """Take over an answer whose body is not read yet; it is closed with the stream."""
+        super().__init__(call, response)
+        self._chunks = self._read()
+
+    def __enter__(self) -> Self:
+        """Return the stream."""
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the stream."""
+        self.close()
+
+    def __iter__(self) -> Self:
+        """Return the stream itself: it can be read once."""
+        return self
+
+    def __next__(self) -> ChunkT:
+        """Wait for the next chunk.
+
+        Raises:
+            StopIteration: The answer is complete, or the stream is closed.
+            CredenceError: See the class.
+        """
+        try:
+            return next(self._chunks)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection; harmless when repeated."""
+        self._chunks.close()
+        self._response.close()
+
+    def _read(self) -> Generator[ChunkT, None, None]:
+        with self._reading():
+            for part in self._response.iter_bytes():
+                yield from self._feed(part)
+
+
+class AsyncStream(_Chunks[ChunkT]):
+    """`Stream` for `async with` and `async for`; cancelling the task that reads it closes the connection, too."""
+
+    def __init__(self, call: Call[ChunkT], response: httpx2.Response) -> None:
+        """Take over an answer whose body is not read yet; it is closed with the stream."""
+        super().__init__(call, response)
+        self._chunks = self._read()
+
+    async def __aenter__(self) -> Self:
+        """Return the stream."""
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the stream."""
+        await self.close()
+
+    def __aiter__(self) -> Self:
+        """Return the stream itself: it can be read once."""
+        return self
+
+    async def __anext__(self) -> ChunkT:
+        """Wait for the next chunk; raises StopAsyncIteration at the end, and what `Stream` raises."""
+        try:
+            return await anext(self._chunks)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close the connection; harmless when repeated."""
+        await self._chunks.aclose()
+        await self._response.aclose()
+
+    async def _read(self) -> AsyncGenerator[ChunkT, None]:
+        with self._reading():
+            async for part in self._response.aiter_bytes():
+                for chunk in self._feed(part):
+                    yield chunk

@@ -4,9 +4,12 @@ Answers may gain fields in a newer server; an unknown field is kept and readable
 in the unit named by `Uncertainty.unit` (nats per token; nats with mode `choices`), and a higher score means more uncertain.
 """
 
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
+
+from credence.clients.scored import Scored
 
 
 class _Answer(BaseModel):
@@ -95,7 +98,7 @@ class AdapterReference(_Answer):
     digest: str
 
 
-class Uncertainty(_Answer):
+class Uncertainty(_Answer, Scored):
     """Uncertainty of one choice.
 
     Attributes:
@@ -144,8 +147,11 @@ class Uncertainty(_Answer):
     auto: AutoSamples | None = None
     adapter: AdapterReference | None = None
 
+    def _parts(self) -> "Sequence[tuple[str | None, Uncertainty | None]]":
+        return ((None, self),)
 
-class Choice(_Answer):
+
+class Choice(_Answer, Scored):
     """One completion of the prompt; `logprobs` is OpenAI's object, as the server sent it.
 
     Attributes:
@@ -159,6 +165,9 @@ class Choice(_Answer):
     logprobs: dict[str, JsonValue] | None = None
     uncertainty: Uncertainty | None = None
 
+    def _parts(self) -> Sequence[tuple[str | None, Uncertainty | None]]:
+        return ((self.text, self.uncertainty),)
+
 
 class ChatMessage(_Answer):
     """The assistant's message; further fields of the server (tool calls, reasoning) are kept as attributes."""
@@ -167,7 +176,7 @@ class ChatMessage(_Answer):
     content: str | None = None
 
 
-class ChatChoice(_Answer):
+class ChatChoice(_Answer, Scored):
     """One answer to the conversation; `logprobs` is OpenAI's object, as the server sent it."""
 
     index: int
@@ -180,6 +189,9 @@ class ChatChoice(_Answer):
     def text(self) -> str:
         """Content of the message; empty where it has none."""
         return self.message.content or ""
+
+    def _parts(self) -> Sequence[tuple[str | None, Uncertainty | None]]:
+        return ((self.text, self.uncertainty),)
 
 
 class Usage(_Answer):
@@ -194,7 +206,7 @@ class Usage(_Answer):
 _ChoiceT = TypeVar("_ChoiceT", Choice, ChatChoice)
 
 
-class _Generation(_Answer, Generic[_ChoiceT]):
+class _Generation(_Answer, Scored, Generic[_ChoiceT]):
     id: str
     model: str
     choices: tuple[_ChoiceT, ...] = Field(min_length=1)
@@ -211,6 +223,9 @@ class _Generation(_Answer, Generic[_ChoiceT]):
     def uncertainty(self) -> Uncertainty | None:
         """Uncertainty of the first choice; None when it was not asked for."""
         return self.choices[0].uncertainty
+
+    def _parts(self) -> Sequence[tuple[str | None, Uncertainty | None]]:
+        return tuple((choice.text, choice.uncertainty) for choice in self.choices)
 
 
 class Completion(_Generation[Choice]):
@@ -230,7 +245,7 @@ class ChatCompletion(_Generation[ChatChoice]):
     """
 
 
-class Score(_Answer):
+class Score(_Answer, Scored):
     """Answer of POST /v1/uncertainty/score: the uncertainty of a completion that the caller gave.
 
     Attributes:
@@ -244,8 +259,11 @@ class Score(_Answer):
     usage: Usage | None = None
     request_id: str | None = None
 
+    def _parts(self) -> Sequence[tuple[str | None, Uncertainty | None]]:
+        return ((None, self.uncertainty),)
 
-class _Increment(_Answer):
+
+class Increment(_Answer):
     """What a choice gained with one chunk of a stream.
 
     On the wire `uncertainty` is `{"tokens": [...]}` in the chunks before a choice's last, and the whole object in one
@@ -266,7 +284,7 @@ class _Increment(_Answer):
         return data
 
 
-class ChoiceIncrement(_Increment):
+class ChoiceIncrement(Increment):
     """What one completion gained with a chunk.
 
     Attributes:
@@ -285,7 +303,7 @@ class ChatDelta(_Answer):
     content: str | None = None
 
 
-class ChatChoiceIncrement(_Increment):
+class ChatChoiceIncrement(Increment):
     """What one answer gained with a chunk; the fields are those of `ChoiceIncrement`, with `delta` for the text."""
 
     delta: ChatDelta = ChatDelta()
@@ -299,7 +317,9 @@ class ChatChoiceIncrement(_Increment):
 _IncrementT = TypeVar("_IncrementT", ChoiceIncrement, ChatChoiceIncrement)
 
 
-class _Chunk(_Answer, Generic[_IncrementT]):
+class Chunk(_Answer, Generic[_IncrementT]):
+    """One piece of a streamed answer."""
+
     id: str
     model: str
     choices: tuple[_IncrementT, ...]
@@ -312,11 +332,11 @@ class _Chunk(_Answer, Generic[_IncrementT]):
         return "".join(choice.text for choice in self.choices if choice.index == 0)
 
 
-class CompletionChunk(_Chunk[ChoiceIncrement]):
+class CompletionChunk(Chunk[ChoiceIncrement]):
     """One chunk of a streamed completion; `choices` is empty in the one that carries `usage`."""
 
 
-class ChatCompletionChunk(_Chunk[ChatChoiceIncrement]):
+class ChatCompletionChunk(Chunk[ChatChoiceIncrement]):
     """One chunk of a streamed chat completion; `choices` is empty in the one that carries `usage`."""
 
 
@@ -345,3 +365,35 @@ class ModelList(_Answer):
     """Answer of GET /v1/models."""
 
     data: tuple[Model, ...]
+
+
+class Adapter(_Answer):
+    """An adapter as its administrator sees it.
+
+    Attributes:
+        state: `loading`, `ready`, `draining`, `failed` or `removed`.
+        reason: Why it failed.
+        digest: Digest of the artifact's content.
+        alias_of: The adapter that answers for it, where this is an alias.
+        requests_in_flight: Requests that it is answering.
+        loaded_at: When it became ready, seconds since 1970.
+    """
+
+    name: str
+    state: str
+    reason: str | None = None
+    digest: str | None = None
+    method: str | None = None
+    kind: str | None = None
+    alias_of: str | None = None
+    requests_in_flight: int = 0
+    tau: FiniteFloat | None = None
+    default_n_samples: int | None = None
+    max_n_samples: int | None = None
+    loaded_at: FiniteFloat | None = None
+
+
+class AdapterList(_Answer):
+    """Answer of GET /admin/v1/adapters."""
+
+    data: tuple[Adapter, ...]

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import httpx
+import httpx2
 import yaml
 from rich.console import Console
 from rich.progress import Progress
@@ -107,7 +107,7 @@ def measure_latency(client: Client, url: str, facts: Sequence[Fact]) -> dict[int
     """Mean milliseconds of one answer by K, one request at a time, read from the server's own metrics."""
 
     def read() -> str:
-        return httpx.get(f"{url}/metrics", timeout=30.0).raise_for_status().text
+        return httpx2.get(f"{url}/metrics", timeout=30.0).raise_for_status().text
 
     def answer(fact: Fact, k: int) -> None:
         options: dict[str, Any] = {"uncertainty": True, "n_samples": k} if k else {}
@@ -178,7 +178,7 @@ def serve_and_ask(
                 )
             seconds["ask"] = time.monotonic() - started
             latency_ms = measure_latency(client, url, facts)
-        except (CredenceError, httpx.HTTPError):
+        except (CredenceError, httpx2.HTTPError):
             server.check()  # a server that is gone explains more than a connection that broke
             raise
     return cases, latency_ms
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             world_seed=options.world_seed,
             steps=options.steps,
         )
-    except (DemoError, CredenceError, httpx.HTTPError) as error:
+    except (DemoError, CredenceError, httpx2.HTTPError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

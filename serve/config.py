@@ -34,12 +34,13 @@ class ServeConfig(BaseModel):
         max_inflight_rows: member rows in flight before requests get 503.
         max_scored_rows: largest number of (sample, token) pairs that one text may be scored on; a worker holds a hidden state for each.
         max_body_bytes: largest request body.
-        trust: absolute path of the trust file; an artifact must then be signed by one of its keys. None accepts unsigned ones.
         limits: what one request may ask for.
         api_key_file, admin_key_file: keys of users, and of /admin; None: user routes are open, and /admin closed.
         extra_routes: further routes of vLLM's that are open to users.
         return_samples: whether ``uncertainty.return_samples`` is permitted at all.
         audit_log: file of the audit log; None for none.
+        trust: absolute path of the trust file; an artifact must then be signed by one of its keys. None accepts unsigned ones.
+        readiness_timeout_s: how long /readyz waits for its own small request.
         state_dir: private folder of this server: verified artifact copies.
         stats_dir: tmpfs folder of this server: one statistics file per running ensemble.
     """
@@ -58,13 +59,14 @@ class ServeConfig(BaseModel):
     max_inflight_rows: Annotated[int, Field(ge=1)] = 1024
     max_scored_rows: Annotated[int, Field(ge=1)] = 65536
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
-    trust: str | None = None
     limits: RequestLimits = RequestLimits()
     api_key_file: str | None = None
     admin_key_file: str | None = None
     extra_routes: tuple[str, ...] = ()
     return_samples: bool = True
     audit_log: str | None = None
+    trust: str | None = None
+    readiness_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     state_dir: str
     stats_dir: str
 

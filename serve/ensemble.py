@@ -24,6 +24,7 @@ from credence.serve.engine import EngineLimits, SampleEngine, SampleLoadError
 from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, Unavailable
 from credence.serve.facts import CURRENT
 from credence.serve.metrics import Metrics, k_label
+from credence.serve.readiness import ASIDE
 from credence.serve.samples import NoFreeSlot, SampleRef, SampleSlots, Slot
 from credence.serve.schemas import UncertaintyOptions
 from credence.serve.step_stats import StepStats, StepTable
@@ -325,12 +326,17 @@ class EnsembleService:
         self.config = config
         self.adapters = adapters
         self.limits = limits
-        self.metrics = metrics
+        self._metrics = metrics
         self._engine = engine
         self._slots = SampleSlots(config.num_slots, lora_ids)
         self._lock = asyncio.Lock()
         self._rows = 0
         self._count_slots()
+
+    @property
+    def metrics(self) -> Metrics:
+        """Where requests are counted; those of a readiness probe aside."""
+        return ASIDE.get() or self._metrics
 
     def default_samples(self, adapter: ServedAdapter) -> int:
         """K when the request does not say: every member of an ensemble, 1 for an adapter without posterior."""
@@ -531,4 +537,4 @@ class EnsembleService:
 
     def _count_slots(self) -> None:
         for state, count in self._slots.counts().items():
-            self.metrics.sample_slots.labels(state).set(count)
+            self._metrics.sample_slots.labels(state).set(count)

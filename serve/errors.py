@@ -149,6 +149,10 @@ class Unavailable(ServeError):
     def __init__(self, message: str, *, reason: str, retry_after_s: int = 1) -> None:
         super().__init__(message, reason=reason, retry_after_s=retry_after_s)
 
+    def headers(self) -> dict[str, str]:
+        """A server that ends also ends its connections, so that the next request finds another one."""
+        return super().headers() | ({"Connection": "close"} if self.reason == "draining" else {})
+
 
 class EnsembleFailed(ServeError):
     """500: members did not stay together or a record is missing. Better no number than a wrong one."""

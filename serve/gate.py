@@ -39,6 +39,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 T = TypeVar("T")
 
 _MODEL_NAME = re.compile(r"[\w./@:+-]{1,128}", re.ASCII)
+STALLED_S = 60.0
+"""How long a stream with uncertainty waits for a reader that reads nothing (seconds)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +251,10 @@ class _Sent:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._facts.status = message["status"]
+            if message["status"] in (429, 503) and all(
+                name.lower() != b"retry-after" for name, _ in message["headers"]
+            ):
+                message["headers"] = [*message["headers"], (b"retry-after", b"1")]  # vLLM's own refusals have none
             kind = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
             self._streaming = kind.startswith(b"text/event-stream")
         elif self._streaming and self._facts.first_event_s is None and message.get("body"):
@@ -393,15 +399,23 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 async def _send_events(send: Send, events: AsyncIterator[bytes]) -> None:
+    """Sends events as fast as they are read. A reader that stops is treated as gone: its answer holds samples that others wait for."""
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     async for event in events:
-        await send({"type": "http.response.body", "body": event, "more_body": True})
+        try:
+            async with asyncio.timeout(STALLED_S):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except TimeoutError:
+            raise _Disconnected from None
     await send({"type": "http.response.body", "body": b""})
 
 
 async def _send_json(send: Send, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
-    data = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data = text.encode(
+        errors="backslashreplace"
+    )  # half of a surrogate pair, as the client sent it, is an escape of JSON
     lines = {"content-type": "application/json", "content-length": str(len(data)), **headers}
     encoded = [(name.lower().encode(), value.encode("latin-1")) for name, value in lines.items()]
     await send({"type": "http.response.start", "status": status, "headers": encoded})

@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,9 +15,16 @@ from credence.serve.config import ADAPTER_NAME, CONFIG_VARIABLE, TOKEN_VARIABLE,
 from credence.serve.errors import ArtifactRefused, ConfigurationError
 from credence.serve.keys import KeyRing
 from credence.serve.limits import RequestLimits
+from credence.serve.preflight import Checks, Memory, Row, check_memory, check_modules, check_port, read_base
 from credence.serve.routes import with_extra
 
+REFUSED = 2
+"""Exit code of ``--check`` where the server would not start."""
 SHARED_MEMORY = Path("/dev/shm")
+NO_ADAPTER = (
+    "no adapter given; pass --adapter NAME=DIR at least once, or an --adapter-dir with a good one: the first adapters say which rank and "
+    "modules the server has room for"
+)
 ADAPTERS_AT_RUN_TIME = 8
 """Room for adapters on a server that takes more while it runs."""
 
@@ -41,6 +49,9 @@ def main(
     adapter_roots: Sequence[str] = (),
     adapter_dir: str | None = None,
     trust: str | None = None,
+    max_inflight_rows: int = 1024,
+    readiness_timeout_s: float = 5.0,
+    checks: Checks | None = None,
 ) -> int:
     """Serves ``base`` with Bayesian adapters until a signal.
 
@@ -59,16 +70,17 @@ def main(
         adapter_roots: folders below which artifacts may be loaded at run time.
         adapter_dir: folder whose sub-folders are adapters by name, watched while the server runs.
         trust: file of public keys; an artifact, or a merged model, must be signed by one of them.
+        max_inflight_rows: samples x sequences that are answered at once.
+        readiness_timeout_s: how long /readyz waits for its own request.
+        checks: notes what the checks find; those that keep going make all of them, and no server is started.
 
     Returns:
-        The process's exit code.
+        The process's exit code; with checks that keep going 0, or 2 if one found a problem.
 
     Raises:
         ConfigurationError: the server cannot start like this; nothing was started.
     """
-    for path, admin in ((api_key_file, False), (admin_key_file, True)):
-        KeyRing(None if path is None else Path(path), admin=admin)
-    with_extra(extra_routes)
+    checks = checks or Checks()
     state = Path(tempfile.mkdtemp(prefix="credence-serve-"))
     stats = Path(tempfile.mkdtemp(prefix="credence-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else state))
     try:
@@ -76,11 +88,34 @@ def main(
         merged = is_merged(base)
         dtype: str | None = None
         found: dict[str, str] = {}
+        stored: dict[str, str] = {}
+        rank, modules = 1, set[str]()
         if merged:
-            stored, rank, modules, dtype = verify_merged(base, adapters, state / "artifacts", extra_args, trusted)
+            with checks.step("merged model") as row:
+                stored, rank, names, dtype = verify_merged(base, adapters, state / "artifacts", extra_args, trusted)
+                modules, row.found = set(names), f"{next(iter(stored))}, rank {rank}, {dtype}"
         else:
             found = {} if adapter_dir is None else adapters_of(adapter_dir, trusted)
-            stored, rank, modules = verify({**found, **adapters}, state / "artifacts", trusted)
+            if not adapters and not found:
+                raise ConfigurationError(NO_ADAPTER)
+        for name, path in {**found, **adapters}.items() if not merged else ():
+            with checks.step(f"adapter {name}") as row:
+                copies, its_rank, names = verify({name: path}, state / "artifacts", trusted)
+                stored, rank, modules = stored | copies, max(rank, its_rank), modules | set(names)
+                row.found = f"verified, rank {its_rank}, {len(names)} kinds of layers"
+        for what, file, admin in (("API keys", api_key_file, False), ("admin keys", admin_key_file, True)):
+            with checks.step(what) as row:
+                ring = KeyRing(None if file is None else Path(file), admin=admin)
+                row.found = (
+                    f"{file}" if ring.guards else "none: /admin is closed" if admin else "none: everybody may ask"
+                )
+        with checks.step("routes") as row:
+            row.found = f"{len(with_extra(extra_routes))}"
+        if checks.keep_going:
+            with checks.step("address") as row:
+                row.found = check_port(host, port)
+        if not stored:  # only with keep_going: nothing is left to be served
+            return REFUSED
         config = ServeConfig(
             adapters=stored,
             merged=merged,
@@ -92,13 +127,15 @@ def main(
             adapter_roots=tuple(adapter_roots),
             adapter_dir=adapter_dir,
             adapters_of_dir=tuple(sorted(found.keys() - adapters.keys())),
-            trust=None if trust is None else str(Path(trust).resolve()),
             limits=RequestLimits() if max_sequences is None else RequestLimits(max_sequences=max_sequences),
             api_key_file=api_key_file and os.path.abspath(api_key_file),
             admin_key_file=admin_key_file and os.path.abspath(admin_key_file),
             extra_routes=tuple(extra_routes),
             return_samples=return_samples,
             audit_log=audit_log and os.path.abspath(audit_log),
+            trust=None if trust is None else str(Path(trust).resolve()),
+            max_inflight_rows=max_inflight_rows,
+            readiness_timeout_s=readiness_timeout_s,
             state_dir=str(state),
             stats_dir=str(stats),
         )
@@ -106,19 +143,56 @@ def main(
         # Imported here: importing vLLM reads the environment.
         from credence.serve.vllm_plugin import server
 
-        argv = ["--model", base, "--host", host, "--port", str(port)]
-        argv += defaults(
-            config,
-            rank=server.smallest_lora_rank(rank),
-            modules=modules,
-            scheduler=server.SCHEDULER,
-            given=extra_args,
-            dtype=dtype,
-        )
-        return server.run([*argv, *extra_args])
+        argv: list[str] = []
+        with checks.step("rank") as row:
+            allowed = server.smallest_lora_rank(rank)
+            row.found = f"largest {rank}, --max-lora-rank {allowed}"
+            argv = ["--model", base, "--host", host, "--port", str(port)]
+            argv += defaults(
+                config,
+                rank=allowed,
+                modules=sorted(modules),
+                scheduler=server.SCHEDULER,
+                given=extra_args,
+                dtype=dtype,
+            )
+            argv += extra_args
+        args: Namespace | None = None
+        with checks.step("vLLM's flags") as row:
+            args = server.parse(argv)
+            row.found = f"K up to {max_samples}: --max-num-seqs {args.max_num_seqs or 'automatic'}, --max-loras {args.max_loras}"
+        if args is not None:
+            check_model(checks, config, args, sorted(modules), server.memory(args))
+        if checks.keep_going:
+            return REFUSED if checks.refused else 0
+        assert args is not None
+        return server.run(args)
     finally:
         shutil.rmtree(stats, ignore_errors=True)
         shutil.rmtree(state, ignore_errors=True)
+
+
+def check_model(checks: Checks, config: ServeConfig, args: Namespace, modules: Sequence[str], memory: Memory) -> None:
+    """Checks the adapters and the memory against the base model, where its config.json is on this machine."""
+    model = read_base(args.model, revision=args.revision, dtype=args.dtype)
+    if model is None:
+        checks.rows.append(Row(name="base model"))
+        return
+    if not config.merged:  # a merged model's own check has compared them
+        for name, folder in config.adapters.items():
+            with checks.step(f"layers of {name}") as row:
+                row.found = check_modules(name, folder, model)
+    with checks.step("memory") as row:
+        row.found = check_memory(
+            model,
+            memory,
+            rank=args.max_lora_rank,
+            modules=modules,
+            slots=args.max_loras,
+            samples=args.max_cpu_loras or args.max_loras,
+            k=config.max_samples,
+            max_len=args.max_model_len or model.max_model_len,
+        )
 
 
 def adapters_of(adapter_dir: str, trust: TrustRoot | None) -> dict[str, str]:
@@ -161,10 +235,7 @@ def verify(
     rank = 1
     modules: set[str] = set()
     if not adapters:
-        raise ConfigurationError(
-            "no adapter given; pass --adapter NAME=DIR at least once, or an --adapter-dir with a good one: the first adapters say which "
-            "rank and modules the server has room for"
-        )
+        raise ConfigurationError(NO_ADAPTER)
     for name, path in adapters.items():
         if not ADAPTER_NAME.match(name):
             raise ConfigurationError(f"--adapter: the name {name!r} must match {ADAPTER_NAME.pattern}")

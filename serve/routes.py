@@ -50,6 +50,7 @@ ROUTES = (
     Route("/tokenize", ("POST",), Access.USER),
     Route("/detokenize", ("POST",), Access.USER),
     Route("/version", ("GET",), Access.USER),
+    Route("/openapi.json", ("GET",), Access.USER),
     Route("/health", ("GET",), Access.OPEN),
     Route("/ping", ("GET", "POST"), Access.OPEN),
     Route("/livez", ("GET",), Access.OPEN),

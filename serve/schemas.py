@@ -71,7 +71,7 @@ class UncertaintyOptions(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             # Deeper parts of the place name union members, which mean nothing to the caller.
-            key = f"uncertainty.{first['loc'][0]}"
+            key = ".".join(["uncertainty", *(str(part) for part in first["loc"][:1])])
             if first["type"] == "extra_forbidden":
                 message = f"unknown key {key}; allowed are {', '.join(sorted(cls.model_fields))}"
             else:

@@ -92,12 +92,12 @@ def test_bare_folder_names_are_never_imported() -> None:
 
 
 def test_the_client_needs_only_the_base_install() -> None:
-    base = {"httpx", "pydantic"} | set(sys.stdlib_module_names)
+    base = {"httpx2", "pydantic", "rich"} | set(sys.stdlib_module_names)
     for path in modules("clients"):
         foreign = {name.split(".")[0] for name in imports(path)} - base - {"credence"}
         assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
     required = {requirement.split(">")[0] for requirement in PYPROJECT["project"]["dependencies"]}
-    assert required == {"httpx", "pydantic", "typer", "rich"}
+    assert required == {"httpx2", "pydantic", "typer", "rich"}
 
 
 def test_importing_the_client_pulls_nothing_heavy() -> None:

@@ -6,7 +6,6 @@ answer is generated (``--generate``) is one request of mode ``ensemble``; the co
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from credence.adapters.artifact import Artifact
-from credence.clients import Client, Model, Uncertainty
+from credence.clients import Client, Completion, Model, Uncertainty
 from credence.training.data import DataFormat
 from credence.training.errors import MetricError
 from credence.training.generation import Written
@@ -45,13 +44,23 @@ class ServedEngine:
         """
         width = max(len(example.candidates) for example in examples)
         target = torch.tensor([IGNORED if example.answer is None else example.answer for example in examples])
+        rows = [{"prompt": example.prompt, "choices": self.encoder.answer_texts(example)} for example in examples]
         for k in sizes:
-            with ThreadPoolExecutor(self.concurrency) as pool:
-                answers = [pool.submit(self._ask, example, k, tau) for example in examples]
-                try:
-                    found = [answer.result() for answer in answers]
-                finally:  # One failed row fails the evaluation; the others are not asked for any more.
-                    pool.shutdown(cancel_futures=True)
+            answers = self.client.map(
+                rows,
+                concurrency=self.concurrency,
+                progress=False,
+                model=self.model,
+                uncertainty=True,
+                mode="choices",
+                n_samples=k,
+                tau=tau,
+                seed=self.seed,
+                calibrated=False,
+                max_tokens=1,
+            )
+            # The client has checked that every answer has it.
+            found = [answer.uncertainty for answer in answers if answer.uncertainty is not None]
             yield Prediction(
                 k=k,
                 row=torch.arange(len(examples)),
@@ -59,22 +68,6 @@ class ServedEngine:
                 log_mean_PC=torch.stack([_log_probs(answer, width) for answer in found]),
                 expected_entropy=torch.tensor([answer.aleatoric for answer in found], dtype=torch.float64),
             )
-
-    def _ask(self, example: Example, k: int, tau: float) -> Uncertainty:
-        answer = self.client.complete(
-            example.prompt,
-            model=self.model,
-            uncertainty=True,
-            mode="choices",
-            choices=self.encoder.answer_texts(example),
-            n_samples=k,
-            tau=tau,
-            seed=self.seed,
-            calibrated=False,
-            max_tokens=1,
-        )
-        assert answer.uncertainty is not None  # The client has checked it.
-        return answer.uncertainty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,19 +95,19 @@ class ServedWriter:
             CredenceError: a row was not answered; see ``credence.clients.errors``.
         """
         each = seeds if seeds is not None else [None] * len(prompts)
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            answers = [
-                pool.submit(self._ask, prompt, k, tau, max_new_tokens, seed)
-                for prompt, seed in zip(prompts, each, strict=True)
-            ]
-            try:
-                return [answer.result() for answer in answers]
-            finally:  # One failed row fails the evaluation; the others are not asked for any more.
-                pool.shutdown(cancel_futures=True)
-
-    def _ask(self, prompt: tuple[int, ...], k: int, tau: float, max_new_tokens: int, seed: int | None) -> Written:
-        answer = self.client.complete(
-            prompt,
+        rows = [
+            {
+                "prompt": prompt,
+                "max_tokens": min(max_new_tokens, self.encoder.max_length - len(prompt)),
+                "temperature": 0.0 if seed is None else 1.0,
+                "sampling_seed": seed,
+            }
+            for prompt, seed in zip(prompts, each, strict=True)
+        ]
+        answers = self.client.map(
+            rows,
+            concurrency=self.concurrency,
+            progress=False,
             model=self.model,
             uncertainty=True,
             mode="ensemble",
@@ -122,9 +115,6 @@ class ServedWriter:
             tau=tau,
             seed=self.seed,
             calibrated=False,
-            max_tokens=min(max_new_tokens, self.encoder.max_length - len(prompt)),
-            temperature=0.0 if seed is None else 1.0,
-            sampling_seed=seed,
             # Otherwise the server takes these from the model's generation settings.
             top_p=1.0,
             top_k=0,
@@ -134,6 +124,9 @@ class ServedWriter:
             repetition_penalty=1.0,
             extra_body={"return_token_ids": True},
         )
+        return [self._written(answer) for answer in answers]
+
+    def _written(self, answer: Completion) -> Written:
         choice, uncertainty = answer.choices[0], answer.uncertainty
         assert uncertainty is not None  # The client has checked it.
         if choice.token_ids is None or uncertainty.sequence is None or uncertainty.sequence.mean_logprob is None:

@@ -16,14 +16,16 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import State
+from starlette.exceptions import HTTPException
 from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -38,6 +40,7 @@ from credence.serve.adapter_folder import AdapterFolder
 from credence.serve.adapter_registry import AdapterRegistry
 from credence.serve.audit import AuditLog
 from credence.serve.config import ServeConfig, from_environment
+from credence.serve.drain import CountRequests, Drain
 from credence.serve.engine import EngineLimits
 from credence.serve.ensemble import EnsembleService, Plan, ServedAdapter
 from credence.serve.errors import (
@@ -54,6 +57,7 @@ from credence.serve.gate import Answer, EventStream, Gate, Scope
 from credence.serve.in_flight import InFlight
 from credence.serve.keys import KeyRecord, KeyRing
 from credence.serve.metrics import Metrics
+from credence.serve.readiness import ASIDE, Readiness
 from credence.serve.routes import SCORE_PATH, with_extra
 from credence.serve.schemas import Uncertainty, UncertaintyOptions
 from credence.serve.security import Security, key_of
@@ -100,7 +104,9 @@ class CredenceEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Adds the gate and the routes /v1/models, /livez and /readyz."""
         app.state.credence = None
+        app.state.credence_drain = Drain()
         app.add_middleware(Gate, backend=lambda scope: scope["app"].state.credence)
+        app.add_middleware(CountRequests, drain=app.state.credence_drain)
         router = APIRouter()
 
         @router.get("/v1/models")
@@ -114,16 +120,19 @@ class CredenceEndpointPlugin:
         @router.get("/readyz")
         async def readyz(request: Request) -> JSONResponse:
             backend = request.app.state.credence
-            problem = "starting" if backend is None else backend.problem()
-            return JSONResponse({"status": problem or "ready"}, status_code=503 if problem else 200)
+            problem = "starting" if backend is None else await backend.problem()
+            headers = {"Retry-After": "1"} if problem else {}
+            return JSONResponse({"status": problem or "ready"}, status_code=503 if problem else 200, headers=headers)
 
-        app.include_router(router)
         app.include_router(
             admin.router(
                 lambda request: request.app.state.credence.registry,
                 lambda request: request.app.state.credence.config.adapter_roots,
             )
         )
+        app.include_router(router)
+        app.openapi = _openapi  # type: ignore[method-assign]
+        app.add_exception_handler(HTTPException, _refused_by_the_framework)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Loads the adapters, draws their resident samples and opens the gate.
@@ -136,6 +145,7 @@ class CredenceEndpointPlugin:
         check_engine(engine_client, args)
         backend = await VllmBackend.create(engine_client, state, args, from_environment())
         watch_shutdown(engine_client, backend)
+        watch_outputs(engine_client, backend.readiness)
         state.credence = backend
         backend.follow_folder()
 
@@ -184,8 +194,11 @@ class VllmBackend:
     ) -> None:
         self.metrics = service.metrics
         self.draining = False
+        self.drain: Drain = state.credence_drain
         self.engine_died = False
         self.security = security
+        self.readiness = Readiness(self._probe, limit_s=config.readiness_timeout_s)
+        self._probe_metrics = Metrics(CollectorRegistry(), [])
         self.engine_client = engine_client
         self.config = config
         self.in_flight = InFlight()
@@ -270,20 +283,13 @@ class VllmBackend:
         Raises:
             ArtifactRefused: an answer did not come out whole, e.g. because vLLM did not load the logits processor.
         """
-        body = {
-            "model": adapter.name,
-            "prompt": [0, 0],
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "add_special_tokens": False,
-        }
-        scope = {"type": "http", "headers": [], "state": {}}
         CURRENT.set(None)
         probed = _PROBED.set(adapter)
         try:
-            await self.answer("/v1/completions", body, UncertaintyOptions(), scope)
+            await self._ask_one_token(adapter.name, UncertaintyOptions())
             if self._can_score:
                 text = {"model": adapter.name, "prompt": [0], "completion": [0]}
+                scope: Scope = {"type": "http", "headers": [], "state": {}}
                 await self.answer(SCORE_PATH, text, UncertaintyOptions(mode="score"), scope)
         except Unavailable:
             raise
@@ -301,11 +307,25 @@ class VllmBackend:
             task = asyncio.create_task(folder.run())
             self._background.add(task)
 
-    def problem(self) -> str | None:
+    async def _ask_one_token(self, name: str, options: UncertaintyOptions) -> None:
+        """Asks for one averaged token through the whole path; raises what goes wrong."""
+        body = {"model": name, "prompt": [0, 0], "max_tokens": 1, "temperature": 0.0, "add_special_tokens": False}
+        await self.answer("/v1/completions", body, options, {"type": "http", "headers": [], "state": {}})
+
+    async def _probe(self) -> None:
+        """The question of /readyz: two resident samples of one adapter, counted aside. An adapter less is no reason to be replaced."""
+        name = next(iter(self._service.adapters), None)
+        if name is None:
+            return
+        ASIDE.set(self._probe_metrics)
+        resident = self._service.plan(name, UncertaintyOptions())
+        await self._ask_one_token(name, UncertaintyOptions(n_samples=min(2, resident.num_samples), tau=resident.tau))
+
+    async def problem(self) -> str | None:
         """Why the server should get no traffic, or None."""
         if self.engine_client.errored:
             return "engine dead"
-        return "draining" if self.draining else None
+        return "draining" if self.draining else await self.readiness.problem()
 
     def most_samples(self, model: object, options: UncertaintyOptions) -> int:
         """The largest K that a request can take if it is served."""
@@ -460,15 +480,16 @@ class VllmBackend:
         facts = CURRENT.get()
         if facts is not None:
             facts.uncertainties.append(uncertainty)
-        name = plan.adapter.name
+        self.readiness.answered()
+        name, metrics = plan.adapter.name, self._service.metrics
         if name not in self._service.adapters:
             return  # taken away while this was answered: its series have ended
         if uncertainty.confidence is not None:
-            self.metrics.confidence.labels(name).observe(uncertainty.confidence)
+            metrics.confidence.labels(name).observe(uncertainty.confidence)
         if uncertainty.epistemic is not None and uncertainty.unit == "nats/token":
-            self.metrics.epistemic_nats.labels(name).observe(uncertainty.epistemic)
+            metrics.epistemic_nats.labels(name).observe(uncertainty.epistemic)
         if uncertainty.flag != "ok":
-            self.metrics.flagged.labels(name).inc()
+            metrics.flagged.labels(name).inc()
 
     def error_of(self, error: Exception) -> ServeError:
         """vLLM's own translation of its exceptions, in our error class.
@@ -598,20 +619,58 @@ def _from_envelope(response: ErrorResponse) -> ServeError:
     return error
 
 
+async def _refused_by_the_framework(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's own refusals (no such method, a body that cannot be read) in the envelope that all other errors have."""
+    assert isinstance(error, HTTPException)
+    refusal = ServeError(str(error.detail))
+    refusal.status, refusal.kind = error.status_code, HTTPStatus(error.status_code).phrase
+    return JSONResponse(refusal.body(), status_code=error.status_code, headers=dict(error.headers or {}))
+
+
+def _openapi() -> dict[str, Any]:
+    # Imported when it is asked for: the document names this module's own models.
+    from credence.serve.vllm_plugin.openapi import document
+
+    return document()
+
+
 def watch_shutdown(engine_client: EngineClient, backend: VllmBackend) -> None:
-    """Makes a shutdown say so: new requests get 503 while it drains, and whoever still waits after it gets an error.
+    """Makes a shutdown orderly: new requests get 503, accepted ones are answered before the engine is told to end, and whoever still
+    waits after that gets an error. A second signal ends the wait.
 
     vLLM stops the engine but leaves the ``generate`` calls that wait for it, and the HTTP server then waits for them.
     """
     original: Callable[..., None] = engine_client.shutdown
     loop = asyncio.get_running_loop()
 
+    def force_at_next_signal() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, backend.drain.force)
+
     def shutdown(timeout: float | None = None) -> None:
         # vLLM also shuts down what is left after the engine has died; only a living engine drains.
         backend.engine_died = backend.engine_died or (engine_client.errored and not backend.draining)
         backend.draining = True
+        if timeout and not backend.engine_died and not backend.drain.begun:
+            backend.drain.begin()
+            loop.call_soon_threadsafe(force_at_next_signal)
+            started = time.monotonic()
+            answered = backend.drain.wait(timeout)
+            timeout = max(timeout - (time.monotonic() - started), 1.0) if answered else 0
         original(timeout=timeout)
         if not loop.is_closed():
             loop.call_soon_threadsafe(engine_client.output_processor.propagate_error, EngineDeadError())
 
     engine_client.shutdown = shutdown
+
+
+def watch_outputs(engine_client: EngineClient, readiness: Readiness) -> None:
+    """Tells readiness whenever the engine has delivered something."""
+    original = engine_client.output_processor.process_outputs
+
+    def process_outputs(outputs: Any, *args: Any, **options: Any) -> Any:
+        if outputs:
+            readiness.delivered()
+        return original(outputs, *args, **options)
+
+    engine_client.output_processor.process_outputs = process_outputs

@@ -8,15 +8,17 @@ import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 from starlette.datastructures import State
+from vllm import envs
 from vllm.config.lora import MaxLoRARanks
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -24,6 +26,7 @@ from credence.serve.config import from_environment
 from credence.serve.ensemble import check_limits
 from credence.serve.errors import ConfigurationError
 from credence.serve.keys import take_vllm_keys
+from credence.serve.preflight import GIB, Memory, host_memory
 from credence.serve.vllm_plugin import endpoint, general, logits_processor
 from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler, gang_scheduler
 
@@ -38,25 +41,57 @@ PLUGINS = {
 }
 
 
-def run(argv: Sequence[str]) -> int:
-    """Serves until a signal or the engine's end.
+def parse(argv: Sequence[str]) -> Namespace:
+    """vLLM's own command line, checked as far as it can be without an engine.
 
     Args:
-        argv: vLLM's own command line, without the program name.
-
-    Returns:
-        0 after an orderly shutdown, 1 if the engine died.
+        argv: without the program name.
 
     Raises:
-        ConfigurationError: a plugin is not installed or did not start.
+        ConfigurationError: a flag vLLM does not have or refuses, or under which an ensemble could not be answered.
     """
     check_entry_points()
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="credence serve", description="vLLM's options"))
-    args = parser.parse_args(list(argv))
+    parser.error = _refuse
+    args: Namespace = parser.parse_args(list(argv))
     configure_logging_from_args(args)
-    validate_parsed_serve_args(args)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        _refuse(str(error))
     check_arguments(args)
+    return args
+
+
+def memory(args: Namespace) -> Memory:
+    """Memory that the engine will have. Of a GPU this is all of it; what other processes hold is seen only by the engine."""
+    kv_bytes = args.kv_cache_memory_bytes
+    if not current_platform.is_cpu():
+        total = current_platform.get_device_total_memory() * args.tensor_parallel_size
+        if kv_bytes is not None:
+            kv_bytes *= args.tensor_parallel_size
+        share = args.gpu_memory_utilization
+        return Memory(total=total, available=total, share=share, kv_bytes=kv_bytes, holds_samples=False)
+    if envs.VLLM_CPU_KVCACHE_SPACE:
+        kv_bytes = envs.VLLM_CPU_KVCACHE_SPACE * GIB
+    total, available = host_memory()
+    share = args.gpu_memory_utilization
+    return Memory(total=total, available=available, share=share, kv_bytes=kv_bytes, holds_samples=True)
+
+
+def run(args: Namespace) -> int:
+    """Serves until a signal or the engine's end.
+
+    Args:
+        args: of :func:`parse`.
+
+    Returns:
+        0 after an orderly shutdown, 1 if the engine died or a request was cut off.
+
+    Raises:
+        ConfigurationError: a plugin did not start.
+    """
     # vLLM's own door stands before ours, knows no key file, and leaves open what does not begin with /v1.
     args.credence_key_hashes = take_vllm_keys(args)
     states: list[State] = []
@@ -66,7 +101,18 @@ def run(argv: Sequence[str]) -> int:
     if backend is None or backend.engine_died:
         logger.error("The engine died; the server exits with code 1")
         return 1
+    if backend.drain.cut_off:
+        logger.error(
+            "Requests were cut off: the shutdown was forced, or took longer than --shutdown-timeout; exit code 1"
+        )
+        return 1
     return 0
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigurationError(
+        f"vLLM's flags: {message}; `credence serve --help` lists ours, vLLM's documentation its own"
+    )
 
 
 def check_arguments(args: Namespace) -> None:

@@ -126,10 +126,10 @@ def test_agreement_counts_tokens_up_to_the_first_difference(workload: Workload, 
 
 
 def test_a_server_that_ignores_uncertainty_is_not_measured(workload: Workload, fake: Fake) -> None:
-    import httpx
+    import httpx2
 
     answer = {"choices": [{"token_ids": [0, 1, 2]}], "usage": {"completion_tokens": 3}}
-    ours, _ = fake(answer=lambda body: httpx.Response(200, json=answer))
+    ours, _ = fake(answer=lambda body: httpx2.Response(200, json=answer))
     loop: Any = FakeLoop()
     with pytest.raises(BenchError, match="answered without uncertainty"):
         _same_tokens(ours, loop, workload, SETTINGS)

@@ -3,7 +3,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from credence.benchmarks.measure import BenchError
@@ -31,22 +31,22 @@ def test_requests_are_sent_at_once(fake: Fake) -> None:
     # Nobody gets past the barrier unless all eight are there together.
     barrier = threading.Barrier(8, timeout=30)
 
-    def answer(body: dict[str, Any]) -> httpx.Response:
+    def answer(body: dict[str, Any]) -> httpx2.Response:
         barrier.wait()
-        return httpx.Response(200, json={"choices": [{}], "usage": {"completion_tokens": 1}})
+        return httpx2.Response(200, json={"choices": [{}], "usage": {"completion_tokens": 1}})
 
     target, _ = fake(answer=answer)
     assert len(target.complete([[3]] * 8, request_body(new_tokens=1))) == 8
 
 
 def test_an_error_of_the_server_is_not_measured(fake: Fake) -> None:
-    target, _ = fake(answer=lambda body: httpx.Response(503, text="queue full"))
+    target, _ = fake(answer=lambda body: httpx2.Response(503, text="queue full"))
     with pytest.raises(BenchError, match="http://fake answered 503: queue full"):
         target.measure([[3]], request_body(new_tokens=1))
 
 
 def test_an_answer_of_another_length_is_not_measured(fake: Fake) -> None:
-    target, _ = fake(answer=lambda body: httpx.Response(200, json={"usage": {"completion_tokens": 7}}))
+    target, _ = fake(answer=lambda body: httpx2.Response(200, json={"usage": {"completion_tokens": 7}}))
     with pytest.raises(BenchError, match="generated 7 tokens, 8 were asked for"):
         target.measure([[3]], request_body(new_tokens=2, completions=4))
 
@@ -54,7 +54,7 @@ def test_an_answer_of_another_length_is_not_measured(fake: Fake) -> None:
 def test_the_first_token_of_a_stream_is_timed(fake: Fake) -> None:
     arrived: list[float] = []
 
-    class Stream(httpx.SyncByteStream):
+    class Stream(httpx2.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
             yield b'data: {"choices": []}\n\n'
             time.sleep(0.05)
@@ -64,7 +64,7 @@ def test_the_first_token_of_a_stream_is_timed(fake: Fake) -> None:
             time.sleep(0.2)
             yield b"data: [DONE]\n\n"
 
-    target, asked = fake(answer=lambda body: httpx.Response(200, stream=Stream()))
+    target, asked = fake(answer=lambda body: httpx2.Response(200, stream=Stream()))
     start = time.perf_counter()
     measured = target.measure_first_token([3], request_body(new_tokens=2))
     assert asked[0]["stream"] is True
@@ -75,12 +75,12 @@ def test_the_first_token_of_a_stream_is_timed(fake: Fake) -> None:
 @pytest.mark.parametrize(
     ("response", "message"),
     [
-        (httpx.Response(400, text="no streams here"), "answered 400: no streams here"),
-        (httpx.Response(200, text='data: {"error": {"message": "died"}}\n\n'), "broke off its stream: .*died"),
-        (httpx.Response(200, text="data: [DONE]\n\n"), "an answer without a token"),
+        (httpx2.Response(400, text="no streams here"), "answered 400: no streams here"),
+        (httpx2.Response(200, text='data: {"error": {"message": "died"}}\n\n'), "broke off its stream: .*died"),
+        (httpx2.Response(200, text="data: [DONE]\n\n"), "an answer without a token"),
     ],
 )
-def test_streams_without_a_token_are_not_measured(fake: Fake, response: httpx.Response, message: str) -> None:
+def test_streams_without_a_token_are_not_measured(fake: Fake, response: httpx2.Response, message: str) -> None:
     target, _ = fake(answer=lambda body: response)
     with pytest.raises(BenchError, match=message):
         target.measure_first_token([3], request_body(new_tokens=2))

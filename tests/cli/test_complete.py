@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from rich.console import Console
 
@@ -24,7 +24,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Script:
 
 
 def test_text_only(credence: Command, server: Script) -> None:
-    server.steps.append(httpx.Response(200, json=completion()))
+    server.steps.append(httpx2.Response(200, json=completion()))
     outcome = credence("complete", "hello", "--model", "triage", "--max-tokens", 3, "--temperature", 0)
     assert (outcome.code, outcome.out, outcome.err) == (0, " text 0\n", "")
     assert server.body == {"model": "triage", "prompt": "hello", "max_tokens": 3, "temperature": 0.0}
@@ -32,7 +32,7 @@ def test_text_only(credence: Command, server: Script) -> None:
 
 
 def test_scores_are_shown(credence: Command, server: Script) -> None:
-    server.steps.append(httpx.Response(200, json=completion(UNCERTAINTY)))
+    server.steps.append(httpx2.Response(200, json=completion(UNCERTAINTY)))
     outcome = credence(
         "complete", "hello", "--model", "triage", "--uncertainty", "--n-samples", 8, "--mode", "ensemble"
     )
@@ -54,7 +54,7 @@ def cells(outcome: Outcome) -> list[list[str]]:
 
 
 def test_every_option_is_sent(credence: Command, server: Script) -> None:
-    server.steps.append(httpx.Response(200, json=completion(UNCERTAINTY)))
+    server.steps.append(httpx2.Response(200, json=completion(UNCERTAINTY)))
     outcome = credence(
         *("complete", "hello", "--model", "triage", "--uncertainty", "--n-samples", "auto", "--mode", "choices"),
         *(
@@ -86,7 +86,7 @@ def test_every_option_is_sent(credence: Command, server: Script) -> None:
         "calibrated": False,
         "stop_confidence": 0.9,
     }
-    server.steps.append(httpx.Response(200, json=completion(UNCERTAINTY)))
+    server.steps.append(httpx2.Response(200, json=completion(UNCERTAINTY)))
     assert credence("complete", "p", "--model", "m", "--uncertainty", "--n-samples", 4, "--min-samples", 2).code == 0
     assert server.body["uncertainty"] == {"n_samples": 4, "min_samples": 2}
 
@@ -100,7 +100,7 @@ def test_labels_are_a_table_with_their_spread(credence: Command, server: Script)
         "samples": [{"index": 4, "probs": {" yes": 0.4, "no": 0.6}}],
         "auto": {"stages": [4, 8], "settled": False},
     }
-    server.steps.append(httpx.Response(200, json=completion(scores)))
+    server.steps.append(httpx2.Response(200, json=completion(scores)))
     outcome = credence("complete", "hello", "--model", "triage", "--uncertainty")
     assert "labels      0.750 of the model's probability is on them\n" in outcome.out
     assert "auto        not settled after 4, 8 samples\n" in outcome.out
@@ -120,7 +120,7 @@ def test_answers_are_a_table(credence: Command, server: Script) -> None:
         "answers": [{"answer": "[b]berne", "count": 6, "share": 0.75}, {"answer": "", "count": 2, "share": 0.25}],
         "samples": [{"index": 0, "text": " Berne\x07", "mean_logprob": -0.5}],
     }
-    server.steps.append(httpx.Response(200, json=completion(scores)))
+    server.steps.append(httpx2.Response(200, json=completion(scores)))
     outcome = credence("complete", "hello", "--model", "triage", "--uncertainty")
     assert "agreement   0.750 of the samples gave this answer\n" in outcome.out
     assert cells(outcome) == [
@@ -133,7 +133,7 @@ def test_answers_are_a_table(credence: Command, server: Script) -> None:
 
 
 def test_chat(credence: Command, server: Script) -> None:
-    server.steps.append(httpx.Response(200, json=chat_completion(UNCERTAINTY)))
+    server.steps.append(httpx2.Response(200, json=chat_completion(UNCERTAINTY)))
     outcome = credence("complete", "hello", "--model", "triage", "--chat", "--uncertainty", "--mode", "score")
     assert server.requests[0].url.path == "/v1/chat/completions"
     assert server.body["messages"] == [{"role": "user", "content": "hello"}]
@@ -176,14 +176,14 @@ def test_a_stream_that_breaks_is_an_error_after_its_text(credence: Command, serv
 
 
 def test_json_to_standard_output_is_only_json(credence: Command, server: Script) -> None:
-    server.steps.append(httpx.Response(200, json=completion(UNCERTAINTY)))
+    server.steps.append(httpx2.Response(200, json=completion(UNCERTAINTY)))
     outcome = credence("complete", "hello", "--model", "triage", "--uncertainty", "--json", "-")
     document = json.loads(outcome.out)
     assert document["choices"][0]["uncertainty"]["epistemic"] == 0.12 and document["request_id"]
 
 
 def test_tokens_without_a_terminal_are_a_table(credence: Command, server: Script) -> None:
-    server.steps.append(httpx.Response(200, json=completion(UNCERTAINTY | {"tokens": TOKENS})))
+    server.steps.append(httpx2.Response(200, json=completion(UNCERTAINTY | {"tokens": TOKENS})))
     outcome = credence("complete", "hello", "--model", "triage", "--uncertainty", "--granularity", "token")
     lines = outcome.out.splitlines()
     assert lines[:4] == [" text 0", "", "logprob\ttotal\tepistemic\ttoken", "-0.2000\t0.5000\t0.0000\t' yes'"]
@@ -218,7 +218,7 @@ def test_the_prompt_may_come_from_standard_input(
     credence: Command, server: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines"))
-    server.steps.append(httpx.Response(200, json=completion()))
+    server.steps.append(httpx2.Response(200, json=completion()))
     assert credence("complete", "-", "--model", "triage").code == 0
     assert server.body["prompt"] == "two\nlines"
 
@@ -227,7 +227,7 @@ def test_the_prompt_may_come_from_a_file(credence: Command, server: Script, tmp_
     (tmp_path / "p").write_bytes("é\r\n".encode())
     (tmp_path / "latin").write_bytes(b"\xe9")
     for argument, text in ((f"@{tmp_path / 'p'}", "é\r\n"), ("@@home", "@home"), ("a@b", "a@b")):
-        server.steps.append(httpx.Response(200, json=completion()))
+        server.steps.append(httpx2.Response(200, json=completion()))
         assert credence("complete", argument, "--model", "triage").code == 0
         assert server.body["prompt"] == text
     outcome = credence("complete", "@nowhere", "--model", "triage")
@@ -247,7 +247,7 @@ def test_the_key_comes_from_a_file_or_the_environment(
     monkeypatch.setenv("CREDENCE_API_KEY", "k-2")
     monkeypatch.setenv("CREDENCE_URL", "http://elsewhere:1/v1")
     for arguments, key in ((("--api-key-file", tmp_path / "key"), "k-1"), ((), "k-2")):
-        server.steps.append(httpx.Response(200, json=completion()))
+        server.steps.append(httpx2.Response(200, json=completion()))
         assert credence("complete", "p", "--model", "m", *arguments).code == 0
         assert server.requests[-1].headers["authorization"] == f"Bearer {key}"
         assert server.requests[-1].url.host == "elsewhere"
@@ -260,7 +260,7 @@ def test_errors(credence: Command, server: Script) -> None:
     server.steps.append(error(404, body, x_request_id="r-1"))
     outcome = credence("complete", "p", "--model", "m")
     assert (outcome.code, outcome.err) == (1, "credence: no model m (status 404, param model, request id r-1)\n")
-    server.steps.append(httpx.Response(200, json=completion()))
+    server.steps.append(httpx2.Response(200, json=completion()))
     outcome = credence("complete", "p", "--model", "m", "--uncertainty")
     assert outcome.code == 1 and "came back without it" in outcome.err
 

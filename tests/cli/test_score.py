@@ -2,7 +2,7 @@ import io
 import json
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.cli.conftest import Command
@@ -18,7 +18,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Script:
 
 
 def test_scores_are_shown(credence: Command, server: Script) -> None:
-    server.steps.append(httpx.Response(200, json=score(UNCERTAINTY | {"mode": "score"})))
+    server.steps.append(httpx2.Response(200, json=score(UNCERTAINTY | {"mode": "score"})))
     outcome = credence("score", "--prompt", "hello", "--completion", " yes", "--model", "triage")
     assert server.requests[0].url.path == "/v1/uncertainty/score"
     assert server.body == {"model": "triage", "prompt": "hello", "completion": " yes"}
@@ -32,7 +32,7 @@ def test_scores_are_shown(credence: Command, server: Script) -> None:
 
 
 def test_every_option_is_sent(credence: Command, server: Script) -> None:
-    server.steps.append(httpx.Response(200, json=score(UNCERTAINTY)))
+    server.steps.append(httpx2.Response(200, json=score(UNCERTAINTY)))
     outcome = credence(
         *(
             "score",
@@ -65,7 +65,7 @@ def test_every_option_is_sent(credence: Command, server: Script) -> None:
 
 
 def test_tokens_are_a_table_below_the_text(credence: Command, server: Script) -> None:
-    server.steps.append(httpx.Response(200, json=score(UNCERTAINTY | {"tokens": TOKENS})))
+    server.steps.append(httpx2.Response(200, json=score(UNCERTAINTY | {"tokens": TOKENS})))
     outcome = credence("score", "--prompt", "hello", "--completion", " yes", "--model", "m", "--granularity", "token")
     lines = outcome.out.splitlines()
     assert lines[:4] == [" yes", "", "logprob\ttotal\tepistemic\ttoken", "-0.2000\t0.5000\t0.0000\t' yes'"]
@@ -75,7 +75,7 @@ def test_tokens_are_a_table_below_the_text(credence: Command, server: Script) ->
 @pytest.mark.parametrize("prefix", ["", "@"])
 def test_a_conversation_comes_from_a_file(credence: Command, server: Script, tmp_path: Path, prefix: str) -> None:
     (tmp_path / "chat.json").write_text(json.dumps(CONVERSATION))
-    server.steps.append(httpx.Response(200, json=score(UNCERTAINTY | {"tokens": TOKENS})))
+    server.steps.append(httpx2.Response(200, json=score(UNCERTAINTY | {"tokens": TOKENS})))
     outcome = credence("score", "--messages", f"{prefix}{tmp_path / 'chat.json'}", "--model", "m")
     assert server.body == {"model": "m", "messages": CONVERSATION}
     assert outcome.out.startswith(" yes\n\nlogprob")
@@ -86,18 +86,18 @@ def test_texts_come_from_files_and_standard_input(
 ) -> None:
     (tmp_path / "c").write_text(" yes\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines"))
-    server.steps.append(httpx.Response(200, json=score(UNCERTAINTY)))
+    server.steps.append(httpx2.Response(200, json=score(UNCERTAINTY)))
     assert credence("score", "--prompt", "-", "--completion", f"@{tmp_path / 'c'}", "--model", "m").code == 0
     assert (server.body["prompt"], server.body["completion"]) == ("two\nlines", " yes\n")
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(CONVERSATION)))
-    server.steps.append(httpx.Response(200, json=score(UNCERTAINTY)))
+    server.steps.append(httpx2.Response(200, json=score(UNCERTAINTY)))
     assert credence("score", "--messages", "-", "--model", "m").code == 0
     assert server.body["messages"] == CONVERSATION
 
 
 def test_json(credence: Command, server: Script, tmp_path: Path) -> None:
     for target in ("-", str(tmp_path / "out.json")):
-        server.steps.append(httpx.Response(200, json=score(UNCERTAINTY)))
+        server.steps.append(httpx2.Response(200, json=score(UNCERTAINTY)))
         outcome = credence("score", "--prompt", "p", "--completion", "c", "--model", "m", "--json", target)
         document = json.loads(outcome.out if target == "-" else Path(target).read_text())
         assert document["uncertainty"]["epistemic"] == 0.12 and document["request_id"]

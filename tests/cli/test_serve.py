@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from credence.serve import launcher
+from credence.serve.preflight import Checks
 from tests.cli.conftest import Command
 
 
@@ -10,7 +11,7 @@ from tests.cli.conftest import Command
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
-    def main(base: str, adapters: dict[str, str], **options: Any) -> int:
+    def main(base: str, adapters: dict[str, str], checks: Checks, **options: Any) -> int:
         calls.append({"base": base, "adapters": adapters, **options})
         return 3
 
@@ -44,6 +45,8 @@ def test_unknown_flags_go_to_vllm_in_order(credence: Command, started: list[dict
             "adapter_roots": [],
             "adapter_dir": None,
             "trust": None,
+            "max_inflight_rows": 1024,
+            "readiness_timeout_s": 5.0,
         }
     ]
 

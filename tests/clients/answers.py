@@ -1,10 +1,10 @@
 """Answers as a Credence server sends them, for a hand-written transport."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 UNCERTAINTY: dict[str, Any] = {
@@ -75,10 +75,13 @@ def events(*documents: dict[str, Any] | str) -> bytes:
     return "".join(f"data: {text}\n\n" for text in texts).encode()
 
 
-class Body(httpx.SyncByteStream):
-    """A body that arrives in the given pieces; an exception among them is raised in its place. Remembers whether it was closed."""
+class Body(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """A body that arrives in the given pieces. An exception among them is raised in its place, a function called before the next.
 
-    def __init__(self, *pieces: bytes | Exception) -> None:
+    Remembers whether it was closed.
+    """
+
+    def __init__(self, *pieces: bytes | Exception | Callable[[], None]) -> None:
         self.pieces = pieces
         self.taken = 0
         self.closed = False
@@ -88,31 +91,43 @@ class Body(httpx.SyncByteStream):
             self.taken += 1
             if isinstance(piece, Exception):
                 raise piece
+            if callable(piece):
+                piece()
+            else:
+                yield piece
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self:
             yield piece
 
     def close(self) -> None:
         self.closed = True
 
+    async def aclose(self) -> None:
+        self.closed = True
 
-def stream(*pieces: bytes | Exception, **headers: str) -> httpx.Response:
-    """An answer that streams `pieces`; `response.extensions` keeps the `body`, which httpx wraps."""
+
+def stream(*pieces: bytes | Exception | Callable[[], None], **headers: str) -> httpx2.Response:
+    """An answer that streams `pieces`; `response.extensions` keeps the `body`, which httpx2 wraps."""
     named = {"Content-Type": "text/event-stream; charset=utf-8"} | {
         name.replace("_", "-"): value for name, value in headers.items()
     }
     body = Body(*pieces)
-    return httpx.Response(200, headers=named, stream=body, extensions={"body": body})
+    return httpx2.Response(200, headers=named, stream=body, extensions={"body": body})
 
 
 class Script:
-    """Answers requests with the given responses or exceptions, in order, and remembers the requests."""
+    """Answers requests with the given responses, exceptions or functions that give one, in order, and remembers the requests."""
 
-    def __init__(self, *steps: httpx.Response | Exception) -> None:
+    def __init__(self, *steps: httpx2.Response | Exception | Callable[[], httpx2.Response | Exception]) -> None:
         self.steps = list(steps)
-        self.requests: list[httpx.Request] = []
+        self.requests: list[httpx2.Request] = []
 
-    def __call__(self, request: httpx.Request) -> httpx.Response:
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)
         step = self.steps.pop(0)
+        if callable(step):
+            step = step()
         if isinstance(step, Exception):
             raise step
         return step
@@ -127,22 +142,22 @@ class Script:
 def serve(monkeypatch: pytest.MonkeyPatch) -> Script:
     """Put a scripted server behind every client that is opened, at any address."""
     script = Script()
-    real = httpx.Client
+    real = httpx2.Client
 
-    def connect(**options: Any) -> httpx.Client:
-        return real(**(options | {"transport": httpx.MockTransport(script)}))
+    def connect(**options: Any) -> httpx2.Client:
+        return real(**(options | {"transport": httpx2.MockTransport(script)}))
 
-    monkeypatch.setattr(httpx, "Client", connect)
+    monkeypatch.setattr(httpx2, "Client", connect)
     monkeypatch.delenv("CREDENCE_API_KEY", raising=False)
     monkeypatch.delenv("CREDENCE_URL", raising=False)
     return script
 
 
-def error(status: int, body: object = None, **headers: str) -> httpx.Response:
+def error(status: int, body: object = None, **headers: str) -> httpx2.Response:
     """An error answer; header names are given with underscores."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     if body is None:
         body = {"error": {"message": "no", "type": "some_error", "param": None, "code": status}}
     if isinstance(body, str | bytes):
-        return httpx.Response(status, content=body, headers=named)
-    return httpx.Response(status, json=body, headers=named)
+        return httpx2.Response(status, content=body, headers=named)
+    return httpx2.Response(status, json=body, headers=named)

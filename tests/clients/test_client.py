@@ -1,12 +1,10 @@
 import logging
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from credence.clients import (
-    Client,
     ConnectionFailedError,
     CredenceError,
     InvalidResponseError,
@@ -18,21 +16,11 @@ from credence.clients import (
     UncertaintyMissingError,
 )
 from tests.clients.answers import UNCERTAINTY, Script, chat_completion, completion, error, score
+from tests.clients.conftest import Connect
 
 
-@pytest.fixture
-def sleeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    waited: list[float] = []
-    monkeypatch.setattr("credence.clients.transport.time.sleep", waited.append)
-    yield waited
-
-
-def client(script: Script, **options: Any) -> Client:
-    return Client("http://server:8000", transport=httpx.MockTransport(script), **options)
-
-
-def test_complete_without_uncertainty_sends_only_what_was_given() -> None:
-    script = Script(httpx.Response(200, json=completion()))
+def test_complete_without_uncertainty_sends_only_what_was_given(client: Connect) -> None:
+    script = Script(httpx2.Response(200, json=completion()))
     answer = client(script).complete("hello", model="base")
     assert script.body == {"model": "base", "prompt": "hello"}
     assert str(script.requests[0].url) == "http://server:8000/v1/completions"
@@ -40,8 +28,8 @@ def test_complete_without_uncertainty_sends_only_what_was_given() -> None:
     assert answer.usage is not None and answer.usage.total_tokens == 7
 
 
-def test_uncertainty_is_true_without_options_and_an_object_with_them() -> None:
-    script = Script(*[httpx.Response(200, json=completion(UNCERTAINTY)) for _ in range(2)])
+def test_uncertainty_is_true_without_options_and_an_object_with_them(client: Connect) -> None:
+    script = Script(*[httpx2.Response(200, json=completion(UNCERTAINTY)) for _ in range(2)])
     with client(script) as opened:
         opened.complete("p", model="triage", uncertainty=True)
         assert script.body["uncertainty"] is True
@@ -96,12 +84,12 @@ def test_uncertainty_is_true_without_options_and_an_object_with_them() -> None:
     }
 
 
-def test_uncertainty_of_the_answer() -> None:
+def test_uncertainty_of_the_answer(client: Connect) -> None:
     full = UNCERTAINTY | {
         "tokens": [{"token": " yes", "logprob": -0.2, "total": 0.5, "epistemic": 0.1}],
         "choices": [{"label": "yes", "prob": 0.83, "std": 0.06}],
     }
-    script = Script(httpx.Response(200, json=completion(full), headers={"X-Request-Id": "r-9"}))
+    script = Script(httpx2.Response(200, json=completion(full), headers={"X-Request-Id": "r-9"}))
     answer = client(script).complete("p", model="triage", uncertainty=True)
     scores = answer.uncertainty
     assert scores is not None and answer.request_id == "r-9"
@@ -113,9 +101,9 @@ def test_uncertainty_of_the_answer() -> None:
     assert scores.adapter is not None and scores.adapter.digest == "sha256:ab"
 
 
-def test_unknown_fields_of_an_answer_are_kept_and_answers_are_frozen() -> None:
+def test_unknown_fields_of_an_answer_are_kept_and_answers_are_frozen(client: Connect) -> None:
     body = completion(UNCERTAINTY | {"novel": 3}, brand_new={"x": 1})
-    answer = client(Script(httpx.Response(200, json=body))).complete("p", model="m", uncertainty=True)
+    answer = client(Script(httpx2.Response(200, json=body))).complete("p", model="m", uncertainty=True)
     assert answer.uncertainty is not None
     assert answer.uncertainty.model_extra == {"novel": 3}
     assert answer.model_dump()["brand_new"] == {"x": 1}
@@ -123,21 +111,21 @@ def test_unknown_fields_of_an_answer_are_kept_and_answers_are_frozen() -> None:
         answer.id = "other"  # type: ignore[misc]
 
 
-def test_a_server_that_ignores_uncertainty_is_an_error() -> None:
+def test_a_server_that_ignores_uncertainty_is_an_error(client: Connect) -> None:
     body = completion(UNCERTAINTY, None, UNCERTAINTY)
     with pytest.raises(UncertaintyMissingError, match=r"choices \[1\] came back.*plain vLLM") as caught:
-        client(Script(httpx.Response(200, json=body))).complete("p", model="m", uncertainty=True, n=3)
+        client(Script(httpx2.Response(200, json=body))).complete("p", model="m", uncertainty=True, n=3)
     assert caught.value.choice_indices == (1,)
     assert caught.value.request_id
 
 
-def test_a_misspelt_argument_is_refused() -> None:
+def test_a_misspelt_argument_is_refused(client: Connect) -> None:
     with pytest.raises(TypeError, match="max_token'; did you mean 'max_tokens'"):
         client(Script()).complete("p", model="m", max_token=3)  # type: ignore[call-arg]
 
 
-def test_lists_of_prompts() -> None:
-    script = Script(*[httpx.Response(200, json=completion(UNCERTAINTY, UNCERTAINTY)) for _ in range(2)])
+def test_lists_of_prompts(client: Connect) -> None:
+    script = Script(*[httpx2.Response(200, json=completion(UNCERTAINTY, UNCERTAINTY)) for _ in range(2)])
     opened = client(script)
     answer = opened.complete(("one", "two"), model="m", uncertainty=True)
     assert script.body["prompt"] == ["one", "two"]
@@ -146,8 +134,8 @@ def test_lists_of_prompts() -> None:
     assert script.body["prompt"] == [[1, 2], [3]]
 
 
-def test_every_generation_option_has_its_place() -> None:
-    script = Script(httpx.Response(200, json=completion()))
+def test_every_generation_option_has_its_place(client: Connect) -> None:
+    script = Script(httpx2.Response(200, json=completion()))
     client(script).complete(
         "p",
         model="m",
@@ -174,7 +162,7 @@ def test_every_generation_option_has_its_place() -> None:
     }
 
 
-def test_answers_of_the_modes() -> None:
+def test_answers_of_the_modes(client: Connect) -> None:
     choices = UNCERTAINTY | {
         "mode": "choices",
         "unit": "nats",
@@ -189,7 +177,7 @@ def test_answers_of_the_modes() -> None:
         "answers": [{"answer": "berne", "count": 3, "share": 0.75}, {"answer": "", "count": 1, "share": 0.25}],
         "samples": [{"index": 0, "text": " Berne.", "mean_logprob": -0.4}],
     }
-    script = Script(httpx.Response(200, json=completion(choices, generate)))
+    script = Script(httpx2.Response(200, json=completion(choices, generate)))
     first, second = (choice.uncertainty for choice in client(script).complete("p", model="m", uncertainty=True).choices)
     assert first is not None and first.choices is not None and first.samples is not None and first.auto is not None
     assert first.model_extra == {}
@@ -201,8 +189,8 @@ def test_answers_of_the_modes() -> None:
     assert (second.samples[0].text, second.samples[0].mean_logprob) == (" Berne.", -0.4)
 
 
-def test_chat() -> None:
-    script = Script(httpx.Response(200, json=chat_completion(UNCERTAINTY), headers={"X-Request-Id": "r-3"}))
+def test_chat(client: Connect) -> None:
+    script = Script(httpx2.Response(200, json=chat_completion(UNCERTAINTY), headers={"X-Request-Id": "r-3"}))
     messages = (
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": [{"type": "text", "text": "hi"}]},
@@ -223,24 +211,24 @@ def test_chat() -> None:
     assert answer.uncertainty is not None and answer.uncertainty.confidence == 0.83
 
 
-def test_a_chat_answer_may_have_no_content_and_further_fields() -> None:
+def test_a_chat_answer_may_have_no_content_and_further_fields(client: Connect) -> None:
     body = chat_completion()
     body["choices"][0]["message"] = {"role": "assistant", "content": None, "tool_calls": [{"id": "t"}]}
-    answer = client(Script(httpx.Response(200, json=body))).chat([{"role": "user", "content": "hi"}], model="m")
+    answer = client(Script(httpx2.Response(200, json=body))).chat([{"role": "user", "content": "hi"}], model="m")
     assert answer.text == ""
     assert answer.choices[0].message.model_extra == {"tool_calls": [{"id": "t"}]}
 
 
-def test_chat_without_uncertainty_in_the_answer_is_an_error() -> None:
-    script = Script(httpx.Response(200, json=chat_completion(None)))
+def test_chat_without_uncertainty_in_the_answer_is_an_error(client: Connect) -> None:
+    script = Script(httpx2.Response(200, json=chat_completion(None)))
     with pytest.raises(UncertaintyMissingError) as caught:
         client(script).chat([{"role": "user", "content": "hi"}], model="m", uncertainty=True)
     assert caught.value.choice_indices == (0,)
 
 
-def test_score_of_a_prompt_and_its_completion() -> None:
+def test_score_of_a_prompt_and_its_completion(client: Connect) -> None:
     body = score(UNCERTAINTY | {"mode": "score"})
-    script = Script(*[httpx.Response(200, json=body, headers={"X-Request-Id": "r-4"}) for _ in range(2)])
+    script = Script(*[httpx2.Response(200, json=body, headers={"X-Request-Id": "r-4"}) for _ in range(2)])
     opened = client(script)
     answer = opened.score(model="m", prompt="a", completion=" b")
     assert str(script.requests[0].url) == "http://server:8000/v1/uncertainty/score"
@@ -256,18 +244,18 @@ def test_score_of_a_prompt_and_its_completion() -> None:
     }
 
 
-def test_score_of_a_conversation() -> None:
-    script = Script(httpx.Response(200, json=score(UNCERTAINTY)))
+def test_score_of_a_conversation(client: Connect) -> None:
+    script = Script(httpx2.Response(200, json=score(UNCERTAINTY)))
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     client(script).score(model="m", messages=messages)
     assert script.body == {"model": "m", "messages": messages}
 
 
-def test_a_score_without_uncertainty_breaks_the_contract() -> None:
+def test_a_score_without_uncertainty_breaks_the_contract(client: Connect) -> None:
     body = score(UNCERTAINTY)
     del body["uncertainty"]
     with pytest.raises(InvalidResponseError, match="uncertainty: field required"):
-        client(Script(httpx.Response(200, json=body))).score(model="m", prompt="a", completion="b")
+        client(Script(httpx2.Response(200, json=body))).score(model="m", prompt="a", completion="b")
 
 
 @pytest.mark.parametrize(
@@ -284,21 +272,21 @@ def test_a_score_without_uncertainty_breaks_the_contract() -> None:
         ({"api_key": ""}, "api_key is empty"),
     ],
 )
-def test_wrong_constructor_arguments(options: dict[str, Any], message: str) -> None:
+def test_wrong_constructor_arguments(connect: Connect, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        Client(**({"base_url": "http://server"} | options))
+        connect(**({"base_url": "http://server"} | options))
     assert "hunter2" not in str(caught.value) and "abc" not in str(caught.value)
 
 
 @pytest.mark.parametrize("base_url", ["http://server:8000/v1", "http://server:8000/v1/", "http://server:8000/"])
-def test_base_url_may_end_in_v1(base_url: str) -> None:
-    script = Script(httpx.Response(200, json={"data": []}))
-    assert Client(base_url, transport=httpx.MockTransport(script)).models() == ()
+def test_base_url_may_end_in_v1(connect: Connect, base_url: str) -> None:
+    script = Script(httpx2.Response(200, json={"data": []}))
+    assert connect(base_url, transport=httpx2.MockTransport(script)).models() == ()
     assert str(script.requests[0].url) == "http://server:8000/v1/models"
 
 
-def test_the_key_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> None:
-    script = Script(httpx.Response(200, json=completion()))
+def test_the_key_is_sent_and_never_shown(client: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    script = Script(httpx2.Response(200, json=completion()))
     with caplog.at_level(logging.DEBUG):
         opened = client(script, api_key="k-123")
         opened.complete("private words", model="m")
@@ -307,7 +295,7 @@ def test_the_key_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> No
     assert "k-123" not in caplog.text and "private words" not in caplog.text
 
 
-def test_models_with_their_posterior() -> None:
+def test_models_with_their_posterior(client: Connect) -> None:
     posterior = {
         "kind": "diag",
         "method": "ivon",
@@ -317,14 +305,14 @@ def test_models_with_their_posterior() -> None:
         "max_n_samples": 32,
     }
     entries = [{"id": "base", "object": "model"}, {"id": "triage", "parent": "base", "posterior": posterior}]
-    base, triage = client(Script(httpx.Response(200, json={"object": "list", "data": entries}))).models()
+    base, triage = client(Script(httpx2.Response(200, json={"object": "list", "data": entries}))).models()
     assert base.posterior is None
     assert triage.posterior is not None
     assert triage.posterior.model_dump() == posterior
 
 
-def test_health_and_ready_read_503_as_no_and_are_not_retried(sleeps: list[float]) -> None:
-    script = Script(httpx.Response(200), httpx.Response(503, headers={"Retry-After": "1"}), error(500))
+def test_health_and_ready_read_503_as_no_and_are_not_retried(client: Connect, sleeps: list[float]) -> None:
+    script = Script(httpx2.Response(200), httpx2.Response(503, headers={"Retry-After": "1"}), error(500))
     opened = client(script)
     assert opened.health() is True
     assert opened.ready() is False
@@ -335,15 +323,15 @@ def test_health_and_ready_read_503_as_no_and_are_not_retried(sleeps: list[float]
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_retries_what_the_server_says_to_retry(status: int, sleeps: list[float]) -> None:
-    script = Script(error(status, Retry_After="3"), httpx.Response(200, json=completion()))
+def test_retries_what_the_server_says_to_retry(client: Connect, status: int, sleeps: list[float]) -> None:
+    script = Script(error(status, Retry_After="3"), httpx2.Response(200, json=completion()))
     assert client(script).complete("p", model="m").text == " text 0"
     assert sleeps == [3.0]
     first, second = (request.headers["x-request-id"] for request in script.requests)
     assert first == second
 
 
-def test_retry_after_of_zero_still_backs_off(sleeps: list[float]) -> None:
+def test_retry_after_of_zero_still_backs_off(client: Connect, sleeps: list[float]) -> None:
     script = Script(*[error(503, Retry_After="0") for _ in range(7)])
     with pytest.raises(ServiceUnavailableError):
         client(script, max_retries=6).complete("p", model="m")
@@ -352,7 +340,7 @@ def test_retry_after_of_zero_still_backs_off(sleeps: list[float]) -> None:
         assert 0.75 * most <= waited <= most
 
 
-def test_gives_up_after_max_retries_with_the_last_error(sleeps: list[float]) -> None:
+def test_gives_up_after_max_retries_with_the_last_error(client: Connect, sleeps: list[float]) -> None:
     script = Script(*[error(429, Retry_After="1") for _ in range(3)])
     with pytest.raises(RateLimitError) as caught:
         client(script, max_retries=2).complete("p", model="m")
@@ -361,20 +349,20 @@ def test_gives_up_after_max_retries_with_the_last_error(sleeps: list[float]) -> 
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [error(503), error(429), error(500, Retry_After="1"), error(504, Retry_After="1"), error(503, Retry_After="3600")],
-    ids=["503 without Retry-After", "429 without Retry-After", "500", "504", "an hour"],
+    ("status", "retry_after"), [(503, None), (429, None), (500, "1"), (504, "1"), (503, "3600"), (502, "0")]
 )
-def test_does_not_retry_other_errors(answer: httpx.Response, sleeps: list[float]) -> None:
-    script = Script(answer)
+def test_does_not_retry_other_errors(
+    client: Connect, status: int, retry_after: str | None, sleeps: list[float]
+) -> None:
+    script = Script(error(status, **({} if retry_after is None else {"Retry_After": retry_after})))
     with pytest.raises(CredenceError):
         client(script).complete("p", model="m")
     assert len(script.requests) == 1 and sleeps == []
 
 
-@pytest.mark.parametrize("failure", [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow")])
-def test_retries_when_no_connection_could_be_made(failure: Exception, sleeps: list[float]) -> None:
-    script = Script(failure, httpx.Response(200, json=completion()))
+@pytest.mark.parametrize("failure", [httpx2.ConnectError("refused"), httpx2.ConnectTimeout("slow")])
+def test_retries_when_no_connection_could_be_made(client: Connect, failure: Exception, sleeps: list[float]) -> None:
+    script = Script(failure, httpx2.Response(200, json=completion()))
     assert client(script).complete("p", model="m").id == "cmpl-1"
     assert len(sleeps) == 1
     with pytest.raises(ConnectionFailedError, match="no connection to http://server:8000") as caught:
@@ -385,14 +373,14 @@ def test_retries_when_no_connection_could_be_made(failure: Exception, sleeps: li
 @pytest.mark.parametrize(
     ("failure", "expected", "message"),
     [
-        (httpx.ReadTimeout("slow"), RequestTimeoutError, "no answer from .*within 60 s"),
-        (httpx.WriteTimeout("slow"), RequestTimeoutError, "no answer"),
-        (httpx.ReadError("reset"), TransportError, "whether the server did the work is unknown"),
-        (httpx.RemoteProtocolError("gone"), TransportError, "gone"),
+        (httpx2.ReadTimeout("slow"), RequestTimeoutError, "no answer from .*within 60 s"),
+        (httpx2.WriteTimeout("slow"), RequestTimeoutError, "no answer"),
+        (httpx2.ReadError("reset"), TransportError, "whether the server did the work is unknown"),
+        (httpx2.RemoteProtocolError("gone"), TransportError, "gone"),
     ],
 )
 def test_never_repeats_a_request_whose_outcome_is_unknown(
-    failure: Exception, expected: type[CredenceError], message: str, sleeps: list[float]
+    client: Connect, failure: Exception, expected: type[CredenceError], message: str, sleeps: list[float]
 ) -> None:
     script = Script(failure)
     with pytest.raises(expected, match=message):
@@ -400,9 +388,9 @@ def test_never_repeats_a_request_whose_outcome_is_unknown(
     assert len(script.requests) == 1 and sleeps == []
 
 
-def test_request_timeout_is_a_timeout_error() -> None:
+def test_request_timeout_is_a_timeout_error(client: Connect) -> None:
     with pytest.raises(TimeoutError):
-        client(Script(httpx.ReadTimeout("slow"))).complete("p", model="m")
+        client(Script(httpx2.ReadTimeout("slow"))).complete("p", model="m")
 
 
 @pytest.mark.parametrize(
@@ -415,19 +403,19 @@ def test_request_timeout_is_a_timeout_error() -> None:
         (b'{"id":"x","model":"m","choices":[{"index":0,"text":null}]}', r"choices\.0\.text"),
     ],
 )
-def test_an_unexpected_body_is_named(body: bytes, message: str) -> None:
+def test_an_unexpected_body_is_named(client: Connect, body: bytes, message: str) -> None:
     with pytest.raises(InvalidResponseError, match=message):
-        client(Script(httpx.Response(200, content=body))).complete("p", model="m")
+        client(Script(httpx2.Response(200, content=body))).complete("p", model="m")
 
 
-def test_an_answer_without_tokens_has_no_scores() -> None:
+def test_an_answer_without_tokens_has_no_scores(client: Connect) -> None:
     empty = UNCERTAINTY | {"total": None, "aleatoric": None, "epistemic": None, "confidence": None, "sequence": None}
-    answer = client(Script(httpx.Response(200, json=completion(empty)))).complete("p", model="m", uncertainty=True)
+    answer = client(Script(httpx2.Response(200, json=completion(empty)))).complete("p", model="m", uncertainty=True)
     assert answer.uncertainty is not None and answer.uncertainty.total is None
 
 
 @pytest.mark.parametrize("total", ["high", [1.0]])
-def test_scores_that_are_not_numbers_are_refused(total: object) -> None:
+def test_scores_that_are_not_numbers_are_refused(client: Connect, total: object) -> None:
     body = completion(UNCERTAINTY | {"total": total})
     with pytest.raises(InvalidResponseError, match=r"choices\.0\.uncertainty\.total"):
-        client(Script(httpx.Response(200, json=body))).complete("p", model="m", uncertainty=True)
+        client(Script(httpx2.Response(200, json=body))).complete("p", model="m", uncertainty=True)

@@ -1,13 +1,15 @@
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import httpx2
 import pytest
 
 from credence.clients import (
     AuthenticationError,
     BadRequestError,
+    ConflictError,
     CredenceError,
-    DeadlineError,
+    GatewayTimeoutError,
     NotFoundError,
     PayloadTooLargeError,
     PermissionDeniedError,
@@ -18,8 +20,12 @@ from credence.clients import (
     UnprocessableError,
     errors,
 )
-from credence.clients.errors import error_from_event, error_from_response, parse_retry_after
+from credence.clients.errors import error_from_answer, error_from_event, parse_retry_after
 from tests.clients.answers import error
+
+
+def error_from_response(response: httpx2.Response, **facts: str) -> StatusError:
+    return error_from_answer(response.status_code, response.headers, response.content, **facts)
 
 
 @pytest.mark.parametrize(
@@ -29,14 +35,14 @@ from tests.clients.answers import error
         (401, AuthenticationError),
         (403, PermissionDeniedError),
         (404, NotFoundError),
-        (409, StatusError),
+        (409, ConflictError),
         (413, PayloadTooLargeError),
         (422, UnprocessableError),
         (429, RateLimitError),
         (500, ServerError),
         (502, ServerError),
         (503, ServiceUnavailableError),
-        (504, DeadlineError),
+        (504, GatewayTimeoutError),
         (302, StatusError),
     ],
 )
@@ -93,7 +99,7 @@ def test_a_long_page_is_cut() -> None:
         (b'{"error": {"message": "why", "code": "engine_died"}}', ServerError, None),
         (b'{"error": {"message": "why", "code": 200}}', ServerError, None),
         (b'{"error": "why"}', ServerError, None),
-        (b'{"object": "error", "message": "why", "code": 409}', StatusError, 409),
+        (b'{"object": "error", "message": "why", "code": 409}', ConflictError, 409),
     ],
 )
 def test_errors_in_a_stream(event: bytes, expected: type[StatusError], status: int | None) -> None:
@@ -141,6 +147,6 @@ def test_retry_after_as_a_date() -> None:
 
 def test_every_class_is_drawn_in_the_docstring() -> None:
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, CredenceError)]
-    assert len(classes) == 17
+    assert len(classes) == 20
     for value in classes:
         assert value.__name__ in str(errors.__doc__)

@@ -13,10 +13,11 @@ def test_public_names_are_sorted_and_exist() -> None:
 
 
 def test_every_error_answer_and_option_type_is_public() -> None:
-    internal = {"ChatRequest", "CompletionRequest", "EventDecoder", "ModelList", "ScoreRequest", "StreamOptions"}
+    internal = {"AdapterList", "ChatRequest", "Chunk", "CompletionRequest", "EventDecoder", "Increment", "ModelList"}
+    internal |= {"ScoreRequest", "StreamOptions"}
     for module in (f"credence.clients.{name}" for name in ("errors", "requests", "streaming", "types")):
         for name, value in vars(importlib.import_module(module)).items():
-            if isinstance(value, type) and value.__module__ == module and not name.startswith("_"):
+            if isinstance(value, type) and value.__module__ == module and name.isidentifier() and name[0] != "_":
                 assert name in credence.clients.__all__ or name in internal, name
 
 

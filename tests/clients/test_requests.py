@@ -1,21 +1,17 @@
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 
-from credence.clients import Client, GenerationOptions, ScoringOptions, UncertaintyOptions
+from credence.clients import GenerationOptions, ScoringOptions, UncertaintyOptions
 from credence.clients.requests import ChatRequest, CompletionRequest
 from tests.clients.answers import Script
+from tests.clients.conftest import Connect
 
 CONVERSATION = [{"role": "user", "content": "hi"}]
 
 
-def opened(script: Script) -> Client:
-    return Client("http://server:8000", transport=httpx.MockTransport(script))
-
-
-def ask(method: str, **arguments: Any) -> None:
+def ask(client: Connect, method: str, **arguments: Any) -> None:
     """Call a method that must refuse its arguments before it sends anything."""
     defaults: dict[str, dict[str, Any]] = {
         "complete": {"prompt": "p"},
@@ -25,7 +21,7 @@ def ask(method: str, **arguments: Any) -> None:
         "score": {"prompt": "p", "completion": "c"},
     }
     script = Script()
-    call: Callable[..., object] = getattr(opened(script), method)
+    call: Callable[..., object] = getattr(client(script), method)
     try:
         call(**({"model": "m"} | defaults[method] | arguments))
     finally:
@@ -76,10 +72,10 @@ def ask(method: str, **arguments: Any) -> None:
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_sent(
-    method: str, arguments: dict[str, Any], message: str
+    client: Connect, method: str, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        ask(method, **arguments)
+        ask(client, method, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +95,9 @@ def test_wrong_arguments_are_named_before_anything_is_sent(
         {"uncertainty": True, "mode": "choices", "choices": ["secret", "secret"]},
     ],
 )
-def test_wrong_texts_are_named_but_never_shown(arguments: dict[str, Any]) -> None:
+def test_wrong_texts_are_named_but_never_shown(client: Connect, arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{list(arguments)[-1]}.* give ") as caught:
-        ask("complete", **arguments)
+        ask(client, "complete", **arguments)
     assert "secret" not in str(caught.value)
 
 
@@ -109,10 +105,10 @@ def test_wrong_texts_are_named_but_never_shown(arguments: dict[str, Any]) -> Non
     "messages", [[], "secret", [{"content": "secret"}], [{"role": "", "content": "secret"}], [["secret"]]]
 )
 @pytest.mark.parametrize("method", ["chat", "score"])
-def test_wrong_messages_are_named_but_never_shown(method: str, messages: object) -> None:
+def test_wrong_messages_are_named_but_never_shown(client: Connect, method: str, messages: object) -> None:
     arguments = {"messages": messages} | ({"prompt": None, "completion": None} if method == "score" else {})
     with pytest.raises(ValueError, match="^messages: give a list of messages such as") as caught:
-        ask(method, **arguments)
+        ask(client, method, **arguments)
     assert "secret" not in str(caught.value)
 
 
@@ -130,15 +126,15 @@ def test_wrong_messages_are_named_but_never_shown(method: str, messages: object)
         ({"threshold": 1.5}, "threshold is 1.5"),
     ],
 )
-def test_wrong_arguments_of_score(arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_of_score(client: Connect, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ask("score", **arguments)
+        ask(client, "score", **arguments)
 
 
 @pytest.mark.parametrize("name", ["mode", "choices", "max_tokens", "uncertainty"])
-def test_score_has_no_arguments_of_generation(name: str) -> None:
+def test_score_has_no_arguments_of_generation(client: Connect, name: str) -> None:
     with pytest.raises(TypeError, match=f"there is no argument '{name}'"):
-        ask("score", **{name: None})
+        ask(client, "score", **{name: None})
 
 
 def test_the_typed_options_are_those_that_are_checked() -> None:

@@ -1,14 +1,12 @@
 import json
 import random
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from credence.clients import (
     BadRequestError,
-    Client,
     CredenceError,
     InvalidResponseError,
     RequestTimeoutError,
@@ -20,22 +18,12 @@ from credence.clients import (
 )
 from credence.clients.streaming import EventDecoder
 from tests.clients.answers import UNCERTAINTY, Body, Script, chunk, error, events, stream
+from tests.clients.conftest import Connect
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
 
 
-@pytest.fixture
-def sleeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    waited: list[float] = []
-    monkeypatch.setattr("credence.clients.transport.time.sleep", waited.append)
-    yield waited
-
-
-def client(script: Script, **options: Any) -> Client:
-    return Client("http://server:8000", transport=httpx.MockTransport(script), **options)
-
-
-def body_of(response: httpx.Response) -> Body:
+def body_of(response: httpx2.Response) -> Body:
     body: Body = response.extensions["body"]
     return body
 
@@ -84,7 +72,7 @@ def test_events_do_not_depend_on_where_the_bytes_are_cut(end: str) -> None:
         assert decoded(*[data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]) == expected
 
 
-def test_stream_complete_sends_a_stream_and_hands_out_chunks() -> None:
+def test_stream_complete_sends_a_stream_and_hands_out_chunks(client: Connect) -> None:
     response = stream(
         events(chunk(" Bé"), chunk("rne"), chunk("", finish_reason="stop"), chunk(usage=USAGE), "[DONE]"),
         x_request_id="r-5",
@@ -107,7 +95,7 @@ def test_stream_complete_sends_a_stream_and_hands_out_chunks() -> None:
     assert body_of(response).closed
 
 
-def test_stream_chat() -> None:
+def test_stream_chat(client: Connect) -> None:
     first = chunk("", chat=True)
     first["choices"][0]["delta"] = {"role": "assistant", "content": ""}
     last = chunk("", chat=True, finish_reason="stop", uncertainty=UNCERTAINTY)
@@ -132,7 +120,7 @@ def test_stream_chat() -> None:
     assert opened.uncertainty is not None and opened.uncertainty.epistemic == 0.12
 
 
-def test_token_scores_arrive_with_their_chunks_and_the_whole_object_with_the_last() -> None:
+def test_token_scores_arrive_with_their_chunks_and_the_whole_object_with_the_last(client: Connect) -> None:
     scores = [token(" a", 0.1), token(" b", 0.2), token(" c", 0.3)]
     other = [token(" z", 0.9)]
     pieces = (
@@ -159,7 +147,7 @@ def test_token_scores_arrive_with_their_chunks_and_the_whole_object_with_the_las
     assert {index: len(scores.tokens or ()) for index, scores in opened.uncertainties.items()} == {0: 3, 1: 1}
 
 
-def test_scores_that_come_after_the_text() -> None:
+def test_scores_that_come_after_the_text(client: Connect) -> None:
     scores = UNCERTAINTY | {"mode": "score", "tokens": [token(" a", 0.1), token(" b", 0.2)]}
     pieces = (chunk(" a"), chunk(" b", finish_reason="length"), chunk("", uncertainty=scores), chunk(usage=USAGE))
     opened = client(Script(stream(events(*pieces, "[DONE]")))).stream_complete(
@@ -172,7 +160,7 @@ def test_scores_that_come_after_the_text() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
-def test_chunks_do_not_depend_on_where_the_bytes_are_cut(size: int) -> None:
+def test_chunks_do_not_depend_on_where_the_bytes_are_cut(client: Connect, size: int) -> None:
     data = b": ping\r\n\r\n" + events(chunk("漢"), chunk("🙂\u2028é"), "[DONE]")
     parts = [data[start : start + size] for start in range(0, len(data), size)]
     opened = client(Script(stream(*parts))).stream_complete("p", model="m")
@@ -189,7 +177,7 @@ def test_chunks_do_not_depend_on_where_the_bytes_are_cut(size: int) -> None:
     ],
 )
 def test_an_error_in_the_stream_is_raised_and_never_repeated(
-    document: dict[str, Any], expected: type[CredenceError], message: str, sleeps: list[float]
+    client: Connect, document: dict[str, Any], expected: type[CredenceError], message: str, sleeps: list[float]
 ) -> None:
     response = stream(events(chunk(" a"), document, "[DONE]"), x_request_id="r-6")
     script = Script(response)
@@ -205,13 +193,13 @@ def test_an_error_in_the_stream_is_raised_and_never_repeated(
 @pytest.mark.parametrize(
     ("failure", "expected", "message"),
     [
-        (httpx.ReadError("reset"), TransportError, "reset; whether the server did the work is unknown"),
-        (httpx.RemoteProtocolError("gone"), TransportError, "gone"),
-        (httpx.ReadTimeout("slow"), RequestTimeoutError, "no answer from .*/v1/completions within 60 s"),
+        (httpx2.ReadError("reset"), TransportError, "reset; whether the server did the work is unknown"),
+        (httpx2.RemoteProtocolError("gone"), TransportError, "gone"),
+        (httpx2.ReadTimeout("slow"), RequestTimeoutError, "no answer from .*/v1/completions within 60 s"),
     ],
 )
 def test_a_stream_that_breaks_is_never_repeated(
-    failure: Exception, expected: type[CredenceError], message: str, sleeps: list[float]
+    client: Connect, failure: Exception, expected: type[CredenceError], message: str, sleeps: list[float]
 ) -> None:
     response = stream(events(chunk(" a")), b"data: {", failure)
     script = Script(response)
@@ -224,11 +212,11 @@ def test_a_stream_that_breaks_is_never_repeated(
 
 
 @pytest.mark.parametrize("rest", [b"", b"data: [DONE]", b"data: {"])
-def test_a_stream_that_ends_early_is_no_answer(rest: bytes) -> None:
+def test_a_stream_that_ends_early_is_no_answer(client: Connect, rest: bytes) -> None:
     last = chunk("", finish_reason="stop", uncertainty=UNCERTAINTY)
     opened = client(Script(stream(events(last), rest))).stream_complete("p", model="m", uncertainty=True)
     assert next(opened).choices[0].finish_reason == "stop"
-    with pytest.raises(TransportError, match="ended before the answer was complete"):
+    with pytest.raises(TransportError, match="broke before the answer was complete: the stream ended early"):
         next(opened)
 
 
@@ -241,7 +229,9 @@ def test_a_stream_that_ends_early_is_no_answer(rest: bytes) -> None:
         ((), (0,)),
     ],
 )
-def test_a_server_that_ignores_uncertainty_is_an_error(pieces: tuple[dict[str, Any], ...], missing: tuple[int]) -> None:
+def test_a_server_that_ignores_uncertainty_is_an_error(
+    client: Connect, pieces: tuple[dict[str, Any], ...], missing: tuple[int]
+) -> None:
     for uncertainty in (True, False):
         response = stream(events(*pieces, "[DONE]"), x_request_id="r-7")
         opened = client(Script(response)).stream_complete("p", model="m", uncertainty=uncertainty)
@@ -265,50 +255,52 @@ def test_a_server_that_ignores_uncertainty_is_an_error(pieces: tuple[dict[str, A
         (json.dumps(chunk(" a", uncertainty={"tokens": [{"token": "secret"}]})), r"choices\.0\.tokens\.0\.logprob"),
     ],
 )
-def test_an_unexpected_chunk_is_named_without_its_text(piece: str, message: str) -> None:
+def test_an_unexpected_chunk_is_named_without_its_text(client: Connect, piece: str, message: str) -> None:
     opened = client(Script(stream(events(piece, "[DONE]")))).stream_complete("p", model="m")
     with pytest.raises(InvalidResponseError, match=message) as caught:
         next(opened)
     assert "secret" not in str(caught.value)
 
 
-def test_bytes_that_are_no_text_are_an_invalid_answer() -> None:
+def test_bytes_that_are_no_text_are_an_invalid_answer(client: Connect) -> None:
     opened = client(Script(stream(b'data: {"id": "\xff"}\n\n'))).stream_complete("p", model="m")
     with pytest.raises(InvalidResponseError, match="the body"):
         next(opened)
 
 
-def test_an_answer_that_is_no_stream_is_refused() -> None:
+def test_an_answer_that_is_no_stream_is_refused(client: Connect) -> None:
     response = stream(b"{}", Content_Type="application/json")
     with pytest.raises(InvalidResponseError, match="the body is application/json, not text/event-stream"):
         client(Script(response)).stream_complete("p", model="m")
     assert body_of(response).closed
 
 
-def test_errors_before_the_stream_begins_are_raised_by_the_call_and_retried_where_safe(sleeps: list[float]) -> None:
+def test_errors_before_the_stream_begins_are_raised_by_the_call_and_retried_where_safe(
+    client: Connect, sleeps: list[float]
+) -> None:
     refused = stream(b'{"error": {"message": "no ', b'such mode", "param": "uncertainty.mode"}}')
     refused.status_code = 400
     with pytest.raises(BadRequestError, match="no such mode") as caught:
         client(Script(refused)).stream_complete("p", model="m")
     assert caught.value.param == "uncertainty.mode" and body_of(refused).closed
-    script = Script(error(503, Retry_After="3"), httpx.ConnectError("refused"), stream(events("[DONE]")))
+    script = Script(error(503, Retry_After="3"), httpx2.ConnectError("refused"), stream(events("[DONE]")))
     assert list(client(script).stream_complete("p", model="m")) == []
     assert len(sleeps) == 2 and sleeps[0] == 3.0
-    script = Script(httpx.ReadTimeout("slow"))
+    script = Script(httpx2.ReadTimeout("slow"))
     with pytest.raises(RequestTimeoutError):
         client(script).stream_complete("p", model="m")
     assert len(sleeps) == 2
 
 
-def test_an_error_page_that_breaks_off_is_a_transport_error() -> None:
-    refused = stream(b"<html>", httpx.ReadError("reset"))
+def test_an_error_page_that_breaks_off_is_a_transport_error(client: Connect) -> None:
+    refused = stream(b"<html>", httpx2.ReadError("reset"))
     refused.status_code = 500
     with pytest.raises(TransportError, match="reset"):
         client(Script(refused)).stream_complete("p", model="m")
     assert body_of(refused).closed
 
 
-def test_leaving_a_stream_closes_the_connection_without_reading_on() -> None:
+def test_leaving_a_stream_closes_the_connection_without_reading_on(client: Connect) -> None:
     response = stream(events(chunk(" a")), events(chunk(" b")), events("[DONE]"))
     with client(Script(response)).stream_complete("p", model="m", uncertainty=True) as opened:
         for part in opened:
@@ -319,8 +311,8 @@ def test_leaving_a_stream_closes_the_connection_without_reading_on() -> None:
     opened.close()
 
 
-def test_what_follows_the_end_mark_is_read_and_ignored() -> None:
-    for rest in ((events(chunk(" b")), b""), (httpx.ReadError("reset"),)):
+def test_what_follows_the_end_mark_is_read_and_ignored(client: Connect) -> None:
+    for rest in ((events(chunk(" b")), b""), (httpx2.ReadError("reset"),)):
         response = stream(events(chunk(" a"), "[DONE]"), *rest)
         opened: Stream[Any] = client(Script(response)).stream_complete("p", model="m")
         assert [part.text for part in opened] == [" a"]

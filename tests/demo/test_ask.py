@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from credence.clients import Client, CredenceError
@@ -27,7 +27,7 @@ def case(kind: Kind, *, total: float = 1.0, aleatoric: float = 0.5, mean_entropy
     )
 
 
-def answer(request: httpx.Request, *, total: float | None = 0.6) -> httpx.Response:
+def answer(request: httpx2.Request, *, total: float | None = 0.6) -> httpx2.Response:
     """What the server sends: K = 8 or the mean (K = 1, tau = 0)."""
     body = json.loads(request.content)
     asked = body["uncertainty"]
@@ -44,17 +44,17 @@ def answer(request: httpx.Request, *, total: float | None = 0.6) -> httpx.Respon
     if asked.get("granularity") == "token":
         uncertainty["tokens"] = [{"token": " in", "logprob": -0.1, "total": 0.1, "epistemic": 0.0}]
     choice = {"index": 0, "text": " in Harwick", "finish_reason": "stop", "uncertainty": uncertainty}
-    return httpx.Response(200, json={"id": "x", "model": "demo", "choices": [choice]})
+    return httpx2.Response(200, json={"id": "x", "model": "demo", "choices": [choice]})
 
 
 def client(handler: Any = answer) -> Client:
-    return Client("http://test", transport=httpx.MockTransport(handler), max_retries=0)
+    return Client("http://test", transport=httpx2.MockTransport(handler), max_retries=0)
 
 
 def test_ask_combines_the_ensemble_and_the_mean() -> None:
     seen = []
 
-    def handler(request: httpx.Request) -> httpx.Response:
+    def handler(request: httpx2.Request) -> httpx2.Response:
         seen.append(json.loads(request.content))
         return answer(request)
 
@@ -84,8 +84,8 @@ def test_answers_come_in_the_order_of_the_questions() -> None:
 
 
 def test_a_dead_server_is_named_before_the_broken_connection() -> None:
-    def handler(request: httpx.Request) -> httpx.Response:
-        raise httpx.ReadError("gone")
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        raise httpx2.ReadError("gone")
 
     def check() -> None:
         raise DemoError("the server ended with exit code 1")

@@ -1,8 +1,12 @@
 """The gate in front of an application that, like vLLM, accepts any field: a fake backend, real HTTP semantics, no engine."""
 
 import asyncio
+import itertools
 import json
+import re
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,6 +28,8 @@ from credence.serve.security import Security
 
 class FakeBackend:
     """Records what reaches it and answers at once, after ``delay_s``, or with ``failure``."""
+
+    max_body_bytes = 4096
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -237,6 +243,7 @@ def test_draining_server_says_so(app: Gate, backend: FakeBackend) -> None:
         response = post(app, "/v1/completions", content)
         assert response.status_code == 503
         assert response.headers["retry-after"] == "1"
+        assert response.headers["connection"] == "close"
 
 
 @pytest.mark.parametrize(
@@ -338,6 +345,60 @@ def test_a_reader_that_goes_away_closes_the_stream(app: Gate, backend: FakeBacke
     assert backend.count("credence_request_duration_seconds_count", **labels) == 1
 
 
+def test_a_reader_that_stops_reading_loses_its_stream(
+    app: Gate, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("credence.serve.gate.STALLED_S", 0.02)
+    backend.stream = FakeStream()
+    request = {"type": "http.request", "body": b'{"model":"triage","uncertainty":true}', "more_body": False}
+
+    async def receive() -> dict[str, Any]:
+        if request:
+            message = dict(request)
+            request.clear()
+            return message
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    asyncio.run(asyncio.wait_for(app(scope_of("/v1/completions"), receive, send), timeout=5))
+    assert backend.stream.closed == 1 and backend.count("credence_client_disconnects_total") == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_the_applications_refusals_say_when_to_come_back(backend: FakeBackend, status: int) -> None:
+    refusing = Starlette(
+        routes=[Route("/v1/completions", lambda _: JSONResponse({}, status_code=status), methods=["POST"])]
+    )
+    response = post(Gate(refusing, backend=lambda scope: backend), "/v1/completions", {"model": "base"})
+    assert (response.status_code, response.headers["retry-after"]) == (status, "1")
+
+
+def test_a_clock_that_jumps_changes_no_measurement(
+    app: Gate, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wall clock goes back an hour with every look at it."""
+    now = itertools.count(1e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    backend.stream = FakeStream(delay_s=0.01)
+    assert post(app, "/v1/completions", {"model": "triage", "stream": True, "uncertainty": True}).status_code == 200
+    labels = {"endpoint": "/v1/completions", "mode": "ensemble", "k": "8", "outcome": "ok"}
+    assert 0 < backend.count("credence_request_duration_seconds_sum", **labels) < 60
+    assert 0 < backend.count("credence_time_to_first_token_seconds_sum", mode="ensemble", k="8") < 60
+
+
+def test_nothing_but_the_date_of_an_answer_is_read_from_the_wall_clock() -> None:
+    """Deadlines, waits and measurements are monotonic, so a clock jump reaches none of them."""
+    found = []
+    for path in (Path(__file__).parents[2] / "serve").rglob("*.py"):
+        lines = path.read_text().splitlines()
+        found += [line.strip() for line in lines if re.search(r"\btime\.time\(|datetime\.(now|utcnow)\(", line)]
+    assert all('"created"' in line for line in found), found
+
+
 def test_a_client_that_goes_away_cancels_its_request(app: Gate, backend: FakeBackend) -> None:
     backend.delay_s = 60
     assert not disconnecting(app, backend)
@@ -361,13 +422,11 @@ def disconnecting(app: Gate, backend: FakeBackend) -> list[Any]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/completions",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-    }
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), timeout=5))
+    asyncio.run(asyncio.wait_for(app(scope_of("/v1/completions"), receive, send), timeout=5))
     assert backend.count("credence_client_disconnects_total") == 1
     return sent
+
+
+def scope_of(path: str) -> dict[str, Any]:
+    headers = [(b"content-type", b"application/json")]
+    return {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}

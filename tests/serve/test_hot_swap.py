@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from credence.adapters import Artifact
-from tests.serve.conftest import Server, credence_command, start
+from tests.servers import Server, credence_command, start
 from tests.tiny import make_artifact
 
 pytestmark = pytest.mark.engine

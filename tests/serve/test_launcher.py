@@ -14,6 +14,7 @@ from credence.adapters.merged import MODEL_NAME
 from credence.serve import launcher
 from credence.serve.config import CONFIG_VARIABLE, ServeConfig, from_environment
 from credence.serve.errors import ConfigurationError
+from credence.serve.preflight import GIB, Memory
 from tests.tiny import LAYERS, SHAPES, make_artifact, make_model
 
 
@@ -212,12 +213,26 @@ def test_the_whole_command_line(
     """What vLLM would be started with; the server itself is replaced."""
     started: list[tuple[list[str], ServeConfig]] = []
 
-    def run(argv: Sequence[str]) -> int:
-        started.append((list(argv), from_environment()))
+    def parse(argv: Sequence[str]) -> SimpleNamespace:
+        values = {
+            "max_lora_rank": rank,
+            "max_loras": 33,
+            "max_cpu_loras": 41,
+            "max_num_seqs": None,
+            "max_model_len": 64,
+        }
+        return SimpleNamespace(argv=list(argv), model=str(model), revision=None, dtype="float32", **values)
+
+    def run(args: SimpleNamespace) -> int:
+        started.append((args.argv, from_environment()))
         assert Path(next(iter(from_environment().adapters.values())), "manifest.json").exists()
         return 7
 
-    server = SimpleNamespace(run=run, smallest_lora_rank=lambda rank: rank, SCHEDULER="s")
+    rank = 32 if merged else 16
+    memory = Memory(total=8 * GIB, available=8 * GIB, share=0.9, kv_bytes=GIB, holds_samples=True)
+    server = SimpleNamespace(
+        parse=parse, run=run, memory=lambda args: memory, smallest_lora_rank=lambda rank: rank, SCHEDULER="s"
+    )
     monkeypatch.setitem(sys.modules, "credence.serve.vllm_plugin.server", server)
     monkeypatch.setattr("credence.serve.vllm_plugin.server", server, raising=False)
     for name in (CONFIG_VARIABLE, "CREDENCE_PLUGIN_TOKEN", "VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER"):

@@ -14,8 +14,8 @@ import pytest
 from credence.adapters import Artifact
 from credence.cli.main import run as credence
 from credence.clients import CredenceError
-from tests.serve.conftest import Server
 from tests.serve.reference import Reference
+from tests.servers import Server
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (requirements/dev.txt)")
 pytest.importorskip("tenacity", reason="lm-eval's API models need tenacity (requirements/dev.txt)")

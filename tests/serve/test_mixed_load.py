@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.conftest import Server
+from tests.servers import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -19,8 +19,8 @@ from credence.cli.main import run as credence
 from credence.clients import BadRequestError, Client
 from credence.serve.ensemble import SEED_STRIDE
 from credence.serve.vllm_plugin.averaging import ChoiceRule, choose_token
-from tests.serve.conftest import Server, credence_command, start
 from tests.serve.reference import Reference, Step
+from tests.servers import Server, credence_command, start
 from tests.tiny import VOCABULARY, make_artifact
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

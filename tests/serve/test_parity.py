@@ -9,8 +9,8 @@ import pytest
 
 from credence.adapters import Artifact, write_sample
 from credence.cli.main import run as credence
-from tests.serve.conftest import Server, credence_command, start
 from tests.serve.reference import Reference
+from tests.servers import Server, credence_command, start
 from tests.tiny import make_artifact
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

@@ -20,8 +20,8 @@ import pytest
 from credence.adapters import Artifact
 from credence.serve.keys import KeyRecord, KeyTable, hash_of, write_table
 from credence.serve.routes import Access, find
-from tests.serve.conftest import ENVIRONMENT, Server, credence_command, start
 from tests.serve.test_security import PATH_TRICKS
+from tests.servers import ENVIRONMENT, Server, credence_command, start
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -12,7 +12,7 @@ from credence.training.config import load_config
 from credence.training.generation import TextEntry, measure_generation
 from credence.training.loop import train
 from credence.training.served import Server as Served
-from tests.serve.conftest import Server, credence_command, start
+from tests.servers import Server, credence_command, start
 from tests.training.conftest import make_base
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

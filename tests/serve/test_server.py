@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from credence.adapters import Artifact
 from credence.clients import BadRequestError, Client, NotFoundError, UncertaintyMissingError
-from tests.serve.conftest import Server
+from tests.servers import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -96,21 +95,6 @@ def test_stock_vllm_ignores_uncertainty_and_our_client_says_so(server: Server, s
     assert "uncertainty" not in response.json()["choices"][0]
     with Client(stock_server.url) as client, pytest.raises(UncertaintyMissingError):
         client.complete(PROMPT, model="diag", uncertainty=True, max_tokens=2)
-
-
-def test_stock_openai_client(server: Server) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        plain = client.completions.create(model="diag", prompt=PROMPT, max_tokens=3, temperature=0)
-        asked = client.completions.create(
-            model="diag", prompt=PROMPT, max_tokens=3, temperature=0, extra_body={"uncertainty": {"n_samples": 4}}
-        )
-        assert plain.choices[0].text
-        uncertainty = asked.choices[0].model_extra["uncertainty"]
-        assert uncertainty["n_effective"] == 4
-        assert asked.usage.model_extra["uncertainty_details"]["sample_completion_tokens"] == 12
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.completions.create(model="diag", prompt=PROMPT, extra_body={"uncertainty": {"samples": 4}})
-        assert caught.value.param == "uncertainty.samples"
 
 
 def test_our_client(server: Server, artifacts: dict[str, Artifact]) -> None:

@@ -1,4 +1,7 @@
-"""Real servers for the tests of this folder: ours and stock vLLM's, each started once a session, on a tiny random model."""
+"""Real servers for all tests that need one: ours and stock vLLM's, each started once a session, on a tiny random model.
+
+The fixtures are those of tests/conftest.py: were they imported in two folders, there would be two of each.
+"""
 
 import os
 import signal
@@ -9,13 +12,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
-from credence.adapters import Artifact
-from tests.tiny import make_artifact, make_model
+# Not at the top: most tests need no torch.
+if TYPE_CHECKING:
+    from credence.adapters import Artifact
 
 STARTUP_TIMEOUT_S = 240
 ENVIRONMENT = {
@@ -108,12 +112,16 @@ def credence_command(model: Path, adapters: dict[str, Path], *extra: str) -> lis
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with its tokenizer."""
+    from tests.tiny import make_model
+
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, "Artifact"]:
     """One adapter of each kind."""
+    from tests.tiny import make_artifact
+
     folder = tmp_path_factory.mktemp("artifacts")
     return {
         "diag": make_artifact(folder / "diag", form="diag"),
@@ -124,7 +132,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 
 @pytest.fixture(scope="session")
 def server(
-    model_path: Path, artifacts: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory
+    model_path: Path, artifacts: dict[str, "Artifact"], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """Our server with the three adapters."""
     command = credence_command(model_path, {name: artifact.path for name, artifact in artifacts.items()})
@@ -135,7 +143,7 @@ def server(
 
 @pytest.fixture(scope="session")
 def stock_server(
-    model_path: Path, artifacts: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory
+    model_path: Path, artifacts: dict[str, "Artifact"], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """Stock vLLM with the mean adapter of ``diag`` as a plain LoRA and none of our plugins."""
     program = "from vllm.entrypoints.launchers.api_server.entry import main; main()"
