@@ -1,9 +1,10 @@
 """Does a server that loads and unloads adapters all day keep anything? Slots, memory and descriptors over many cycles.
 
-    python benchmarks/adapter_churn.py [--cycles 1000] [--write]
+    python benchmarks/adapter_churn.py [--cycles 1000] [--control] [--write]
 
 A cycle loads an artifact of a new digest under one name, asks it with and without uncertainty, and takes it away. Every second cycle also
-replaces it by another before. The first cycles warm up and are not counted; after the last the server must be where it was.
+replaces it by another before. The first cycles warm up and are not counted; after the last the server must be where it was. With --control
+a cycle only asks, as often as the loads and their canaries do, an adapter that stays: what grows then has nothing to do with loading.
 """
 
 import argparse
@@ -81,10 +82,17 @@ def cycle(server: Target, artifact: Artifact, folder: Path, number: int, prompt:
     _checked(server.http.delete(f"/admin/v1/adapters/{NAME}"))
 
 
+def asks(server: Target, number: int, prompt: Sequence[int]) -> None:
+    """A cycle of the control: as many requests, no load."""
+    for num_samples in (0, K, K, K) * (1 + number % 2):
+        server.complete([prompt], request_body(new_tokens=TOKENS, num_samples=num_samples))
+
+
 def main() -> None:
     """Runs the cycles."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--control", action="store_true", help="only ask, load nothing")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/adapter_churn.md")
     arguments = parser.parse_args()
     shape = ModelShape(hidden_size=128, intermediate_size=256, num_layers=2, vocab_size=512)
@@ -100,15 +108,17 @@ def main() -> None:
         environment = {"TMPDIR": str(scratch)}
         with credence_server(workload, settings, scratch / "log", print, flags, environment) as server:
             server.http.auth = lambda request: _authorised(request, key.read_text())
-            seen = _run(server, artifact, folder, workload, arguments.cycles, scratch)
-    lines = _report(seen, arguments.cycles, workload)
+            loads = None if arguments.control else (artifact, folder)
+            seen = _run(server, loads, workload, arguments.cycles, scratch)
+    lines = _report(seen, arguments.cycles, workload, control=arguments.control)
     print("\n".join(lines))
     if arguments.write:
-        (RESULTS / "adapter_churn.md").write_text("\n".join(lines) + "\n")
+        name = "adapter_churn_control.md" if arguments.control else "adapter_churn.md"
+        (RESULTS / name).write_text("\n".join(lines) + "\n")
 
 
 def _run(
-    server: Target, artifact: Artifact, folder: Path, workload: Workload, cycles: int, scratch: Path
+    server: Target, loads: tuple[Artifact, Path] | None, workload: Workload, cycles: int, scratch: Path
 ) -> dict[int, Residue]:
     """Looks at the server before the first counted cycle and after every tenth part of them."""
     seen = {}
@@ -116,18 +126,27 @@ def _run(
         if number >= 0 and number % max(cycles // 10, 1) == 0:
             seen[number] = residue(server, scratch)
             print(json.dumps({"cycle": number, "memory_mib": [round(value) for value in seen[number].memory_mib]}))
-        cycle(server, artifact, folder, number, workload.prompt(8, number % 7))
+        prompt = workload.prompt(8, number % 7)
+        if loads is None:
+            asks(server, number, prompt)
+        else:
+            cycle(server, *loads, number, prompt)
     seen[cycles] = residue(server, scratch)
     return seen
 
 
-def _report(seen: dict[int, Residue], cycles: int, workload: Workload) -> list[str]:
+def _report(seen: dict[int, Residue], cycles: int, workload: Workload, *, control: bool) -> list[str]:
+    what = (
+        "The control: as many requests as with loads, to an adapter that stays."
+        if control
+        else f"A new digest each time, every second cycle two; K = {K} and the mean are asked in each."
+    )
     lines = [
-        f"# {cycles} cycles of loading and taking away an adapter",
+        f"# {cycles} cycles of {'requests without loading' if control else 'loading and taking away an adapter'}",
         "",
-        f"`python benchmarks/adapter_churn.py --cycles {cycles} --write`",
+        f"`python benchmarks/adapter_churn.py --cycles {cycles}{' --control' * control} --write`",
         "",
-        f"{workload.name}, {machine()}, 1 thread. A new digest each time, every second cycle two; K = {K} and the mean are asked in each. "
+        f"{workload.name}, {machine()}, 1 thread. {what} "
         f"After {WARM_UP} cycles of warm-up; memory and descriptors of the server's processes (API, engine, ...).",
         "",
         "| after cycles | slots leased / resident / free | memory, MiB | descriptors | stored artifacts | metric lines |",

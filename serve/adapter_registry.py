@@ -19,9 +19,10 @@ from credence.adapters import Artifact, ArtifactError, TrustRoot, load_artifact
 from credence.serve.config import ADAPTER_NAME, ServeConfig
 from credence.serve.engine import EngineLimits, SampleLoadError
 from credence.serve.ensemble import EnsembleService, ServedAdapter
-from credence.serve.errors import ArtifactRefused, BadRequest, Conflict, NotFound, ServeError
+from credence.serve.errors import ArtifactRefused, BadRequest, ConfigurationError, Conflict, NotFound, ServeError
 from credence.serve.in_flight import InFlight, Snapshot
 from credence.serve.metrics import Metrics
+from credence.serve.preflight import BaseModel, check_modules
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class AdapterRegistry:
     Args:
         adapters: the service's own table of ready adapters by name; kept up to date here.
         canary: asks an adapter that is not served yet for an answer; raises ServeError.
+        base: the base model's layers, where they are known: vLLM takes factors smaller than a layer's, and those of layers it does not have.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class AdapterRegistry:
         in_flight: InFlight,
         lora_ids: "itertools.count[int]",
         canary: Callable[[ServedAdapter], Awaitable[None]],
+        base: BaseModel | None = None,
     ) -> None:
         self._config = config
         self._service = service
@@ -107,6 +110,7 @@ class AdapterRegistry:
         self._in_flight = in_flight
         self._lora_ids = lora_ids
         self._canary = canary
+        self._base = base
         self._store = Path(config.state_dir) / "artifacts"
         self._trust = None if config.trust is None else TrustRoot.load(config.trust)
         self._served: dict[str, Served] = {}
@@ -171,7 +175,7 @@ class AdapterRegistry:
             self._loading = name
             start = time.perf_counter()
             try:
-                artifact = await self._verify(folder)
+                artifact = await self._verify(name, folder)
                 await self._serve(name, artifact, alias_of=None)
             except Exception as error:
                 self.metrics.adapter_loads.labels("refused").inc()
@@ -252,7 +256,7 @@ class AdapterRegistry:
         if name in self._served and not replace:
             raise Conflict(f"an adapter {name!r} is served; send replace: true to move the name", param="name")
 
-    async def _verify(self, folder: Path) -> Artifact:
+    async def _verify(self, name: str, folder: Path) -> Artifact:
         """Reads, verifies and copies an artifact; raises ArtifactRefused."""
         try:
             artifact = await asyncio.to_thread(load_artifact, folder, store=self._store, trust=self._trust)
@@ -261,8 +265,12 @@ class AdapterRegistry:
             raise ArtifactRefused(str(error), code=error.reason) from error
         try:
             check_fits(artifact, self._service.limits)
-        except ArtifactRefused:
+            if self._base is not None:
+                check_modules(name, str(artifact.path), self._base)
+        except ServeError as error:
             self._delete(artifact)
+            if isinstance(error, ConfigurationError):
+                raise ArtifactRefused(error.message, code="base_model") from None
             raise
         return artifact
 

@@ -35,7 +35,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from credence.serve import admin
+from credence.serve import admin, preflight
 from credence.serve.adapter_folder import AdapterFolder
 from credence.serve.adapter_registry import AdapterRegistry
 from credence.serve.audit import AuditLog
@@ -191,6 +191,7 @@ class VllmBackend:
         lora_ids: "itertools.count[int]",
         config: ServeConfig,
         security: Security,
+        base: preflight.BaseModel | None,
     ) -> None:
         self.metrics = service.metrics
         self.draining = False
@@ -225,6 +226,7 @@ class VllmBackend:
             in_flight=self.in_flight,
             lora_ids=lora_ids,
             canary=self.canary,
+            base=base,
         )
         self._background: set[asyncio.Task[None]] = set()
 
@@ -269,6 +271,9 @@ class VllmBackend:
             lora_ids=lora_ids,
             config=config,
             security=make_security(config, args, vllm_config.model_config, metrics),
+            base=await asyncio.to_thread(preflight.read_base, args.model, revision=args.revision, dtype=args.dtype)
+            if config.adapter_roots or config.adapter_dir
+            else None,
         )
         for name, path in config.adapters.items():
             try:
