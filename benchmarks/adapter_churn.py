@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 
 from credence.adapters import Artifact, load_artifact, write_artifact
 from credence.benchmarks.measure import BenchError, machine
@@ -173,7 +173,7 @@ def _version(artifact: Artifact, folder: Path, number: str) -> str:
     )
 
 
-def _authorised(request: httpx.Request, key: str) -> httpx.Request:
+def _authorised(request: httpx2.Request, key: str) -> httpx2.Request:
     """Sends the administrator's key where it is taken; users' routes of this server are open."""
     if request.url.path.startswith("/admin/"):
         request.headers["Authorization"] = f"Bearer {key}"
@@ -185,12 +185,12 @@ def _memory_mib(pid: int) -> float:
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
-def _get(server: Target, path: str) -> httpx.Response:
+def _get(server: Target, path: str) -> httpx2.Response:
     return _checked(server.http.get(path))
 
 
-def _checked(response: httpx.Response) -> httpx.Response:
-    if response.status_code >= httpx.codes.BAD_REQUEST:
+def _checked(response: httpx2.Response) -> httpx2.Response:
+    if response.status_code >= httpx2.codes.BAD_REQUEST:
         raise BenchError(f"{response.request.url} answered {response.status_code}: {response.text[:500]}")
     return response
 

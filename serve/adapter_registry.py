@@ -88,7 +88,7 @@ class AdapterRegistry:
     Args:
         adapters: the service's own table of ready adapters by name; kept up to date here.
         canary: asks an adapter that is not served yet for an answer; raises ServeError.
-        base: the base model's layers, where they are known: vLLM takes factors smaller than a layer's, and those of layers it does not have.
+        base: the base model's layers, where they are known. vLLM takes factors smaller than a layer, and of layers it does not have.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ class AdapterRegistry:
             self._release(name, before.loaded, None)
 
     async def _into_engine(self, name: str, artifact: Artifact) -> Loaded:
-        in_use = sum(bool(loaded.names) for loaded in self._loaded.values())
+        in_use = sum(bool(loaded.names - {name}) for loaded in self._loaded.values())  # what is replaced makes room
         if in_use >= self._config.num_adapters:
             self._delete(artifact)
             raise Conflict(

@@ -330,6 +330,10 @@ def test_names_and_room(world: World, artifacts: dict[str, Artifact], tmp_path: 
         with pytest.raises(Conflict, match="larger --max-adapters"):
             await registry.load("four", make_artifact(tmp_path / "four", seed=4, **SMALL).path)
         assert not (Path(world.config.state_dir) / "artifacts" / "four").exists() and len(world.stored) == 3
+        four = await registry.load("one", tmp_path / "four", replace=True)
+        assert four["state"] == "ready", "a name can move on a full server"
+        await registry.settled()
+        assert len(world.stored) == len(world.means.held) == 3
         with pytest.raises(Conflict, match="replace: true"):
             await registry.load("one", artifacts["two"].path)
         with pytest.raises(Conflict, match="base model"):
