@@ -101,8 +101,8 @@ def serve(
     max_sequences: Annotated[
         int | None,
         typer.Option(
-            "--max-sequences-per-request",
-            envvar="CREDENCE_MAX_SEQUENCES_PER_REQUEST",
+            "--max-sequences",
+            envvar="CREDENCE_MAX_SEQUENCES",
             min=1,
             help="Largest n x (1 + K) x prompts of a request.",
             show_default="2048",
