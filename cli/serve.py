@@ -1,7 +1,7 @@
 """`credence serve`: vLLM's OpenAI server with Credence's plugins in it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,6 +34,12 @@ def serve(
             show_default="every adapter's default samples and one request of the largest K",
         ),
     ] = None,
+    log_format: Annotated[
+        Literal["text", "json"],
+        typer.Option(
+            "--log-format", envvar="CREDENCE_LOG_FORMAT", help="Log as text, or as JSON lines with request ids."
+        ),
+    ] = "text",
 ) -> int:
     """Serve adapters with their uncertainty.
 
@@ -67,6 +73,7 @@ def serve(
         default_samples=default_samples,
         max_samples=max_samples,
         sample_slots=sample_slots,
+        log_format=log_format,
     )
 
 

@@ -21,6 +21,7 @@ from credence.adapters import Artifact, IsotonicMap, PlattMap
 from credence.serve.config import ServeConfig
 from credence.serve.engine import EngineLimits, SampleEngine, SampleLoadError
 from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, Unavailable
+from credence.serve.facts import note
 from credence.serve.metrics import Metrics, k_label
 from credence.serve.samples import NoFreeSlot, SampleRef, SampleSlots, Slot
 from credence.serve.schemas import UncertaintyOptions
@@ -181,6 +182,7 @@ class Ensemble:
         self.sample_completion_tokens = 0
         self._service = service
         self._asked = 0
+        self._degraded = False
         self._gangs: list[Gang] = []
 
     async def draw(self, num_samples: int) -> None:
@@ -203,7 +205,8 @@ class Ensemble:
                 f"{missing} of {num_samples} posterior samples could not be drawn, at least {plan.min_samples} are needed",
                 reason="sample_failed",
             )
-        if missing:
+        if missing and not self._degraded:
+            self._degraded = True
             self._service.metrics.degraded_requests.labels("sample_failed").inc()
 
     def gang(
@@ -460,6 +463,7 @@ class EnsembleService:
         Raises:
             Unavailable: no free slot.
         """
+        asked = time.perf_counter()
         async with self._lock:
             known = set(self._slots.resident())
             try:
@@ -489,6 +493,9 @@ class EnsembleService:
             self._slots.release([ref for ref in refs if ref in failed])
             self._slots.discard(failed)
             self._count_slots()
+        note(
+            "samples leased", samples=len(refs), drawn=len(new), failed=len(failed), seconds=time.perf_counter() - asked
+        )
         return [slot for slot in slots if slot.ref not in failed]
 
     def _count_slots(self) -> None:

@@ -97,12 +97,14 @@ class Gate:
             await self._serve(backend, facts, scope, receive, sent)
         except _Disconnected:
             facts.status = 499
-            backend.metrics.client_disconnects.inc()
         except ServeError as error:
             facts.reason = error.reason
             backend.metrics.rejections.labels(error.reason).inc()
             if facts.status is None:
                 await _send_json(sent, error.status, error.body(), error.headers())
+        except Exception:
+            facts.status = facts.status or 500
+            raise
         finally:
             _measure(facts, backend.metrics)
 
@@ -178,6 +180,8 @@ class _Sent:
 
 def _measure(facts: RequestFacts, metrics: Metrics) -> None:
     """Counts a request on a path that uncertainty is served on; ``k`` is the number of samples that were used."""
+    if facts.status in (None, 499):
+        metrics.client_disconnects.inc()
     if facts.path not in UNCERTAINTY_PATHS or facts.method != "POST":
         return
     outcome = "disconnected" if facts.status in (None, 499) else outcome_label(facts.status or 0)

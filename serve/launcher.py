@@ -1,5 +1,6 @@
 """Starts the server: verifies the adapters, sets what vLLM must be told, and hands over to it."""
 
+import json
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from credence.adapters import Artifact, ArtifactError, is_merged, load_artifact, load_merged
 from credence.serve.config import ADAPTER_NAME, CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from credence.serve.errors import ConfigurationError
+from credence.serve.telemetry import json_logging
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -25,6 +27,7 @@ def main(
     default_samples: int = 8,
     max_samples: int = 32,
     sample_slots: int | None = None,
+    log_format: str = "text",
 ) -> int:
     """Serves ``base`` with Bayesian adapters until a signal.
 
@@ -35,6 +38,7 @@ def main(
         extra_args: any flags of vLLM's server.
         default_samples, max_samples: K when a request does not say, and the largest K.
         sample_slots: samples that the workers keep; at least ``max_samples``.
+        log_format: ``text`` or ``json``.
 
     Returns:
         The process's exit code.
@@ -61,6 +65,8 @@ def main(
             stats_dir=str(stats),
         )
         set_environment(config, api_keys(api_key_file))
+        if log_format == "json":
+            log_json(state / "logging.json")
         # Imported here: importing vLLM reads the environment.
         from credence.serve.vllm_plugin import server
 
@@ -183,6 +189,12 @@ def set_environment(config: ServeConfig, keys: Sequence[str]) -> None:
         os.environ["VLLM_API_KEY"] = keys[0]
 
 
+def log_json(path: Path) -> None:
+    """Lets vLLM, in all its processes, and uvicorn log as JSON lines; a configuration file that the user has given goes first."""
+    path.write_text(json.dumps(json_logging(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))))
+    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(path))
+
+
 def defaults(
     config: ServeConfig,
     *,
@@ -205,6 +217,8 @@ def defaults(
         "--lora-target-modules": list(modules),
         "--scheduler-cls": [scheduler],
         "--shutdown-timeout": ["30"],
+        # credence.serve.telemetry writes the access log.
+        "--disable-uvicorn-access-log": [],
         # vLLM bounds n and the number of prompts, not their product: one request can hold 16 million sequences.
         "--max-num-queued-reqs": [str(2 * config.max_inflight_rows)],
     }

@@ -1,18 +1,27 @@
 """Prometheus metrics of our part of the server; vLLM's own stay beside them in the same /metrics.
 
-Label values are closed sets, initialised at start: never a prompt, a user, a seed or a path. vLLM counts every member of an ensemble as a
-request of its own; these count what users asked for.
+Label values are closed sets, initialised at start where their product is small: never a prompt, a user, a seed or a path. vLLM counts every
+member of an ensemble as a request of its own; these count what users asked for. docs/observability.md has the table; a test compares.
 """
 
 from collections.abc import Iterable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from credence.adapters.errors import ArtifactReason
+
 K_VALUES = (0, 1, 2, 4, 8, 16, 32)
+MODES = ("mean", "ensemble", "score", "choices", "generate")
 OUTCOMES = ("ok", "client_error", "server_error", "disconnected")
 REJECTIONS = (
     "bad_request", "unknown_model", "unknown_route", "too_large", "overload", "draining", "sample_failed", "internal",
 )  # fmt: skip
+DEGRADATIONS = ("sample_failed",)
+CACHE_RESULTS = ("hit", "miss")
+SLOT_STATES = ("leased", "resident", "free")
+LOAD_RESULTS = ("ok", "refused")
+INTEGRITY_FAILURES: tuple[str, ...] = get_args(ArtifactReason)
 LATENCY_BUCKETS_S = (
     0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.4, 0.6, 1, 1.5, 2.5, 4, 6, 10, 15, 25, 40, 60, 120, 300,
 )  # fmt: skip
@@ -39,8 +48,6 @@ class Metrics:
     """
 
     def __init__(self, registry: CollectorRegistry, adapters: Iterable[tuple[str, str, str]]) -> None:
-        adapters = list(adapters)
-        names = [name for name, _, _ in adapters]
         self.request_duration_seconds = Histogram(
             "credence_request_duration_seconds",
             "Time from the request's arrival to the end of its answer, by number of posterior samples (k=0: the mean).",
@@ -48,9 +55,6 @@ class Metrics:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
-        for k in K_VALUES:
-            mode = "ensemble" if k else "mean"
-            self.request_duration_seconds.labels("/v1/completions", mode, str(k), "ok")
         self.time_to_first_token_seconds = Histogram(
             "credence_time_to_first_token_seconds",
             "Time from a streaming request's arrival to the first event of its answer, by number of posterior samples.",
@@ -65,10 +69,6 @@ class Metrics:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
-        for k in K_VALUES:
-            self.time_to_first_token_seconds.labels("ensemble" if k else "mean", str(k))
-            if k > 1:
-                self.gang_wait_seconds.labels(str(k))
         self.inflight_requests = Gauge(
             "credence_inflight_requests", "Uncertainty requests being served.", registry=registry
         )
@@ -97,22 +97,26 @@ class Metrics:
             buckets=LOAD_BUCKETS_S,
             registry=registry,
         )
+        self.adapter_integrity_failures = Counter(
+            "credence_adapter_integrity_failures",
+            "Artifacts refused while the server ran, by what was wrong with them.",
+            ["reason"],
+            registry=registry,
+        )
         self.adapter_info = Gauge(
             "credence_adapter_info", "Served adapters (always 1).", ["adapter", "method", "digest8"], registry=registry
         )
-        for name, method, digest in adapters:
-            self.adapter_info.labels(name, method, digest.removeprefix("sha256:")[:8]).set(1)
         self.degraded_requests = Counter(
-            "credence_degraded_requests", "Answers with fewer samples than asked for.", ["reason"], registry=registry
+            "credence_degraded_requests",
+            "Requests served with fewer samples than asked for.",
+            ["reason"],
+            registry=registry,
         )
-        self.degraded_requests.labels("sample_failed")
         self.rejections = Counter(
             "credence_rejections", "Requests refused at the door or failed.", ["reason"], registry=registry
         )
-        for reason in REJECTIONS:
-            self.rejections.labels(reason)
         self.client_disconnects = Counter(
-            "credence_client_disconnects", "Clients that went away before their answer.", registry=registry
+            "credence_client_disconnects", "Clients that went away before the end of their answer.", registry=registry
         )
         self.engine_up = Gauge("credence_engine_up", "1 while the engine answers.", registry=registry)
         self.confidence = Histogram(
@@ -132,11 +136,32 @@ class Metrics:
         self.flagged = Counter(
             "credence_flagged", "Answers below the request's threshold.", ["adapter"], registry=registry
         )
-        for name in names:
-            self.confidence.labels(name)
-            self.epistemic_nats.labels(name)
-            self.flagged.labels(name)
-        for result in ("hit", "miss"):
-            self.sample_cache_requests.labels(result)
-        for result in ("ok", "refused"):
-            self.adapter_loads.labels(result)
+        self._initialise()
+        for name, method, digest in adapters:
+            self.add_adapter(name, method, digest)
+
+    def add_adapter(self, name: str, method: str, digest: str) -> None:
+        """Lets the series of an adapter begin (at zero, so that the first answer is an increase)."""
+        self.adapter_info.labels(name, method, digest.removeprefix("sha256:")[:8]).set(1)
+        for metric in (self.confidence, self.epistemic_nats, self.flagged):
+            metric.labels(name)
+
+    def _initialise(self) -> None:
+        for mode in MODES:
+            for k in K_VALUES:
+                if (k == 0) == (mode == "mean"):
+                    self.request_duration_seconds.labels("/v1/completions", mode, str(k), "ok")
+                    self.time_to_first_token_seconds.labels(mode, str(k))
+        for k in K_VALUES[1:]:
+            self.gang_wait_seconds.labels(str(k))
+        closed: tuple[tuple[Counter | Gauge, tuple[str, ...]], ...] = (
+            (self.sample_cache_requests, CACHE_RESULTS),
+            (self.sample_slots, SLOT_STATES),
+            (self.adapter_loads, LOAD_RESULTS),
+            (self.adapter_integrity_failures, INTEGRITY_FAILURES),
+            (self.degraded_requests, DEGRADATIONS),
+            (self.rejections, REJECTIONS),
+        )
+        for metric, values in closed:
+            for value in values:
+                metric.labels(value)

@@ -42,6 +42,7 @@ from credence.serve.gate import Answer, EventStream, Gate, Scope
 from credence.serve.metrics import Metrics
 from credence.serve.routes import SCORE_PATH
 from credence.serve.schemas import Uncertainty, UncertaintyOptions
+from credence.serve.telemetry import Telemetry
 from credence.serve.vllm_plugin.engine_client import CURRENT_RUN, EnsembleClient, GangRunner, VllmSampleEngine
 from credence.serve.vllm_plugin.modes import LABELS_AT_ONCE, Run
 from credence.serve.vllm_plugin.scheduler import GangAsyncScheduler, GangScheduler, gang_scheduler
@@ -77,6 +78,7 @@ class CredenceEndpointPlugin:
         """Adds the gate and the routes /v1/models, /livez and /readyz."""
         app.state.credence = None
         app.add_middleware(Gate, backend=lambda scope: scope["app"].state.credence)
+        _outermost(app)
         router = APIRouter()
 
         @router.get("/v1/models")
@@ -107,7 +109,19 @@ class CredenceEndpointPlugin:
         backend = await VllmBackend.create(engine_client, state, args, from_environment())
         await backend.canary()
         watch_shutdown(engine_client, backend)
+        if await engine_client.is_tracing_enabled():
+            from opentelemetry.trace import get_tracer
+
+            state.credence_tracer = get_tracer("credence.serve")
         state.credence = backend
+
+
+def _outermost(app: FastAPI) -> None:
+    """Puts Telemetry around the whole stack, which Starlette builds at the first call, when vLLM has added its middleware too."""
+    app.state.credence_tracer = None
+    inner = app.build_middleware_stack
+    outer: Any = app
+    outer.build_middleware_stack = lambda: Telemetry(inner(), tracer=lambda scope: scope["app"].state.credence_tracer)
 
 
 def check_engine(engine_client: EngineClient, args: Namespace) -> None:
@@ -275,7 +289,7 @@ class VllmBackend:
                 param="uncertainty.mode",
             )
         if path == SCORE_PATH:
-            return await self._score(body, options)
+            return await self._score(body, options, scope)
         chat = path != "/v1/completions"
         handler = self._chat if chat else self._completions
         create = handler.create_chat_completion if chat else handler.create_completion
@@ -305,7 +319,7 @@ class VllmBackend:
             document["usage"]["uncertainty_details"] = run.usage()
             return Answer(body=document, num_samples=run.num_samples)
 
-    async def _score(self, body: dict[str, Any], options: UncertaintyOptions) -> Answer:
+    async def _score(self, body: dict[str, Any], options: UncertaintyOptions, scope: Scope) -> Answer:
         """Answers /v1/uncertainty/score: the uncertainty of a text that the caller already has."""
         given = _parse(ScoreRequest, body)
         if given.messages is not None:
@@ -326,10 +340,14 @@ class VllmBackend:
         prompt_ids = list(inputs[0]["prompt_token_ids"])
         token_ids = continuation(self._tokenizer, prompt_ids, text) if isinstance(text, str) else text
         self._check_scored(prompt_ids, token_ids)
-        identity = f"score-{secrets.token_hex(16)}"
+        facts = CURRENT.get()
+        identity = f"score-{secrets.token_hex(16) if facts is None else facts.request_id}"
         async with AsyncExitStack() as stack:
             run = await self._run(stack, plan, 1)
-            await run.score(prompt_ids, token_ids, identity, {})
+            headers = Request(dict(scope)).headers
+            traced = await self.engine_client.is_tracing_enabled()
+            trace_headers = await self._completions._get_trace_headers(headers) if traced else None
+            await run.score(prompt_ids, token_ids, identity, {"trace_headers": trace_headers})
             uncertainty = run.uncertainty[0]
             self.observe(plan, uncertainty)
             usage = {

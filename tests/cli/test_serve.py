@@ -35,6 +35,7 @@ def test_unknown_flags_go_to_vllm_in_order(credence: Command, started: list[dict
             "default_samples": 8,
             "max_samples": 16,
             "sample_slots": None,
+            "log_format": "text",
         }
     ]
 
