@@ -4,8 +4,8 @@ Label values are closed sets, initialised at start where their product is small:
 member of an ensemble as a request of its own; these count what users asked for. docs/observability.md has the table; a test compares.
 """
 
-from collections.abc import Iterable
-from typing import get_args
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -106,6 +106,18 @@ class Metrics:
         self.adapter_info = Gauge(
             "credence_adapter_info", "Served adapters (always 1).", ["adapter", "method", "digest8"], registry=registry
         )
+        self.adapter_release_accuracy = Gauge(
+            "credence_adapter_release_accuracy",
+            "Accuracy that the release of an adapter measured at the server's default number of samples.",
+            ["adapter"],
+            registry=registry,
+        )
+        self.adapter_release_ece = Gauge(
+            "credence_adapter_release_ece",
+            "Expected calibration error that the release of an adapter measured at the server's default number of samples.",
+            ["adapter"],
+            registry=registry,
+        )
         self.degraded_requests = Counter(
             "credence_degraded_requests",
             "Requests served with fewer samples than asked for.",
@@ -145,6 +157,18 @@ class Metrics:
         self.adapter_info.labels(name, method, digest.removeprefix("sha256:")[:8]).set(1)
         for metric in (self.confidence, self.epistemic_nats, self.flagged):
             metric.labels(name)
+
+    def released(self, adapter: str, measured: Mapping[str, Any], k: int) -> None:
+        """Shows what the release of an adapter measured at K samples; nothing for free text, which has no accuracy.
+
+        Args:
+            measured: the artifact's metrics.json.
+        """
+        release = measured.get("release", {})
+        accuracy, ece = (release.get(name, {}).get(str(k)) for name in ("accuracy", "ece15"))
+        if isinstance(accuracy, (int, float)) and isinstance(ece, (int, float)):
+            self.adapter_release_accuracy.labels(adapter).set(accuracy)
+            self.adapter_release_ece.labels(adapter).set(ece)
 
     def _initialise(self) -> None:
         for mode in MODES:

@@ -228,6 +228,8 @@ class VllmBackend:
             lora_ids=lora_ids,
         )
         await service.warm_up()
+        for adapter in adapters.values():
+            metrics.released(adapter.name, adapter.artifact.metrics, service.default_samples(adapter))
         metrics.engine_up.set_function(lambda: 0.0 if engine_client.errored else 1.0)
         keys = tuple(key for key in (args.api_key or [envs.VLLM_API_KEY]) if key)
         return cls(engine_client=engine_client, state=state, service=service, config=config, api_keys=keys)
