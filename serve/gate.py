@@ -170,7 +170,7 @@ class _Sent:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._facts.status = message["status"]
+            self._facts.status = self._facts.status or message["status"]
             kind = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
             self._streaming = kind.startswith(b"text/event-stream")
         elif self._streaming and self._facts.first_event_s is None and message.get("body"):
