@@ -182,7 +182,6 @@ class Ensemble:
         self.sample_completion_tokens = 0
         self._service = service
         self._asked = 0
-        self._degraded = False
         self._gangs: list[Gang] = []
 
     async def draw(self, num_samples: int) -> None:
@@ -205,8 +204,7 @@ class Ensemble:
                 f"{missing} of {num_samples} posterior samples could not be drawn, at least {plan.min_samples} are needed",
                 reason="sample_failed",
             )
-        if missing and not self._degraded:
-            self._degraded = True
+        if missing:
             self._service.metrics.degraded_requests.labels("sample_failed").inc()
 
     def gang(

@@ -13,6 +13,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -235,6 +236,17 @@ def test_a_client_of_a_plain_request_that_goes_away_is_counted(served: Served, l
     assert json.loads(lines[-1])["status"] == 499
 
 
+def test_a_fault_of_the_application_is_a_failure_and_no_client_that_left(served: Served) -> None:
+    inner = Starlette(routes=[Route("/v1/completions", served._broken, methods=["POST"])])
+    inner.add_middleware(Gate, backend=lambda scope: served.backend)  # type: ignore[arg-type]
+    served.app.app = inner
+    assert served.ask("POST", "/v1/completions", {"model": "triage"}).status_code == 500
+    labels = {"endpoint": "/v1/completions", "mode": "mean", "k": "0", "outcome": "server_error"}
+    assert served.backend.count("credence_request_duration_seconds_count", **labels) == 1
+    assert served.backend.count("credence_client_disconnects_total") == 0
+    assert served.span().status.status_code is StatusCode.ERROR
+
+
 def test_a_client_that_hears_the_end_did_not_go_away(served: Served) -> None:
     served.ask("POST", "/v1/chat/completions", {"model": "triage"})
     assert served.backend.count("credence_client_disconnects_total") == 0
@@ -275,7 +287,8 @@ def test_failures_are_errors_of_the_span_and_refusals_are_not(served: Served) ->
     served.exporter.clear()
     served.backend.failure = Unavailable("full", reason="overload")
     served.ask("POST", "/v1/completions", {"model": "triage", "uncertainty": True})
-    assert not served.span().status.is_ok and served.span().status.description == "overload"
+    status = served.span().status
+    assert (status.status_code, status.description) == (StatusCode.ERROR, "overload")
 
 
 def test_a_traceparent_of_nonsense_starts_a_new_trace(served: Served) -> None:
