@@ -4,6 +4,7 @@ Label values are closed sets, initialised at start where their product is small:
 member of an ensemble as a request of its own; these count what users asked for. docs/observability.md has the table; a test compares.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
@@ -148,20 +149,30 @@ class Metrics:
         self.flagged = Counter(
             "credence_flagged", "Answers below the request's threshold.", ["adapter"], registry=registry
         )
+        self._info: dict[str, tuple[str, str, str]] = {}
         self._initialise()
         for name, method, digest in adapters:
-            self.add_adapter(name, method, digest)
+            self.serve(name, method, digest)
 
-    def add_adapter(self, name: str, method: str, digest: str) -> None:
-        """Lets the series of an adapter begin (at zero, so that the first answer is an increase)."""
-        self.adapter_info.labels(name, method, digest.removeprefix("sha256:")[:8]).set(1)
+    def serve(self, name: str, method: str, digest: str) -> None:
+        """Starts the series of a served name (at zero, so that the first answer is an increase), or moves them to another artifact."""
+        self._forget(name)
+        self._info[name] = (name, method, digest.removeprefix("sha256:")[:8])
+        self.adapter_info.labels(*self._info[name]).set(1)
         for metric in (self.confidence, self.epistemic_nats, self.flagged):
             metric.labels(name)
 
+    def withdraw(self, name: str) -> None:
+        """Ends the series of a name that is served no longer."""
+        self._forget(name)
+        for metric in (self.confidence, self.epistemic_nats, self.flagged):
+            metric.remove(name)
+
     def released(self, adapter: str, measured: Mapping[str, Any], k: int) -> None:
-        """Shows what the release of an adapter measured at K samples; nothing for free text, which has no accuracy.
+        """Shows what the release of a served artifact measured at K samples; nothing for free text, which has no accuracy.
 
         Args:
+            adapter: served name; call :meth:`serve` first, which forgets the artifact before.
             measured: the artifact's metrics.json.
         """
         release = measured.get("release", {})
@@ -169,6 +180,13 @@ class Metrics:
         if isinstance(accuracy, (int, float)) and isinstance(ece, (int, float)):
             self.adapter_release_accuracy.labels(adapter).set(accuracy)
             self.adapter_release_ece.labels(adapter).set(ece)
+
+    def _forget(self, name: str) -> None:
+        if name in self._info:
+            self.adapter_info.remove(*self._info.pop(name))
+        for gauge in (self.adapter_release_accuracy, self.adapter_release_ece):
+            with contextlib.suppress(KeyError):
+                gauge.remove(name)
 
     def _initialise(self) -> None:
         for mode in MODES:

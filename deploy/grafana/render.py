@@ -4,6 +4,7 @@ Each panel's own queries are run and drawn with matplotlib, to see that every pa
 """
 
 import argparse
+import io
 import json
 import math
 import re
@@ -17,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.dates as dates
 import matplotlib.pyplot as plt
+from PIL import Image
 
 DASHBOARD = Path(__file__).parent / "dashboards" / "credence.json"
 COLUMNS = 3
@@ -49,6 +51,7 @@ def draw(panel: dict[str, Any], axes: Any, url: str, start: float, end: float) -
         for target in panel["targets"]
         for series in query(url, target["expr"], start, end, instant=instant)
     ]
+    found.sort(key=lambda entry: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", entry[0])])
     axes.set_title(panel["title"], fontsize=9, loc="left")
     axes.tick_params(labelsize=7)
     unit = {"s": "s", "reqps": "1/s", "percentunit": "share"}.get(panel["fieldConfig"]["defaults"]["unit"], "")
@@ -102,7 +105,9 @@ def main() -> None:
         "Panels of deploy/grafana/dashboards/credence.json, drawn by deploy/grafana/render.py (not Grafana)",
         fontsize=10,
     )
-    figure.savefig(given.out, dpi=75)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=75)
+    Image.open(picture).convert("RGB").quantize(64).save(given.out, optimize=True)
 
 
 if __name__ == "__main__":
