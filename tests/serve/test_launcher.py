@@ -86,13 +86,12 @@ def test_the_environment_carries_the_configuration(monkeypatch: pytest.MonkeyPat
 
 
 def test_json_logs_give_way_to_a_configuration_of_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("VLLM_LOGGING_CONFIG_PATH", raising=False)
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.setattr(os, "environ", {"VLLM_LOGGING_LEVEL": "DEBUG"})
     launcher.log_json(tmp_path / "ours")
     assert os.environ["VLLM_LOGGING_CONFIG_PATH"] == str(tmp_path / "ours")
     loggers = json.loads((tmp_path / "ours").read_text())["loggers"]
     assert set(loggers) == {"credence", "vllm", "uvicorn"} and loggers["credence"]["level"] == "DEBUG"
-    monkeypatch.setenv("VLLM_LOGGING_CONFIG_PATH", "theirs")
+    os.environ["VLLM_LOGGING_CONFIG_PATH"] = "theirs"
     launcher.log_json(tmp_path / "ours")
     assert os.environ["VLLM_LOGGING_CONFIG_PATH"] == "theirs"
 
