@@ -281,6 +281,7 @@ class AdapterRegistry:
         if not self._config.merged:
             self._engine.publish(name, loaded.mean)
         self.metrics.serve(name, artifact.config.method, artifact.digest)
+        self.metrics.released(name, artifact.metrics, self._service.default_samples(adapter))
         if before is not None and before.loaded is not loaded:
             self._release(name, before.loaded, None)
 
