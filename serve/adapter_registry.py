@@ -154,8 +154,10 @@ class AdapterRegistry:
 
     async def start(self, name: str, folder: Path) -> None:
         """Serves a verified artifact of the private store at the server's start; raises ServeError."""
+        start = time.perf_counter()
         artifact = await asyncio.to_thread(load_artifact, folder)
         await self._serve(name, artifact, alias_of=None)
+        self._count_load(start)
 
     async def load(self, name: str, folder: Path, *, replace: bool = False) -> dict[str, Any]:
         """Verifies an artifact and serves it as ``name``.
@@ -186,8 +188,7 @@ class AdapterRegistry:
                 raise
             finally:
                 self._loading = None
-            self.metrics.adapter_loads.labels("ok").inc()
-            self.metrics.adapter_load_seconds.observe(time.perf_counter() - start)
+            self._count_load(start)
             return self._describe(name)
 
     async def promote(self, alias: str, target: str) -> dict[str, Any]:
@@ -242,6 +243,10 @@ class AdapterRegistry:
         while self._retirements:
             await asyncio.wait(set(self._retirements))
 
+    def _count_load(self, start: float) -> None:
+        self.metrics.adapter_loads.labels("ok").inc()
+        self.metrics.adapter_load_seconds.observe(time.perf_counter() - start)
+
     def _check_layout(self) -> None:
         if self._config.merged:
             raise Conflict(
@@ -289,6 +294,7 @@ class AdapterRegistry:
         if not self._config.merged:
             self._engine.publish(name, loaded.mean)
         self.metrics.serve(name, artifact.config.method, artifact.digest)
+        self.metrics.released(name, artifact.metrics, self._service.default_samples(adapter))
         if before is not None and before.loaded is not loaded:
             self._release(name, before.loaded, None)
 

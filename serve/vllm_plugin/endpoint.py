@@ -61,6 +61,7 @@ from credence.serve.readiness import ASIDE, Readiness
 from credence.serve.routes import SCORE_PATH, with_extra
 from credence.serve.schemas import Uncertainty, UncertaintyOptions
 from credence.serve.security import Security, key_of
+from credence.serve.telemetry import Telemetry
 from credence.serve.vllm_plugin.engine_client import (
     CURRENT_RUN,
     EnsembleClient,
@@ -107,6 +108,7 @@ class CredenceEndpointPlugin:
         app.state.credence_drain = Drain()
         app.add_middleware(Gate, backend=lambda scope: scope["app"].state.credence)
         app.add_middleware(CountRequests, drain=app.state.credence_drain)
+        _outermost(app)
         router = APIRouter()
 
         @router.get("/v1/models")
@@ -146,8 +148,20 @@ class CredenceEndpointPlugin:
         backend = await VllmBackend.create(engine_client, state, args, from_environment())
         watch_shutdown(engine_client, backend)
         watch_outputs(engine_client, backend.readiness)
+        if await engine_client.is_tracing_enabled():
+            from opentelemetry.trace import get_tracer
+
+            state.credence_tracer = get_tracer("credence.serve")
         state.credence = backend
         backend.follow_folder()
+
+
+def _outermost(app: FastAPI) -> None:
+    """Puts Telemetry around the whole stack, which Starlette builds at the first call, when vLLM has added its middleware too."""
+    app.state.credence_tracer = None
+    inner = app.build_middleware_stack
+    outer: Any = app
+    outer.build_middleware_stack = lambda: Telemetry(inner(), tracer=lambda scope: scope["app"].state.credence_tracer)
 
 
 def check_engine(engine_client: EngineClient, args: Namespace) -> None:
@@ -379,7 +393,7 @@ class VllmBackend:
         key = key_of(scope)
         ceiling = None if key is None else key.max_samples
         if path == SCORE_PATH:
-            return await self._score(body, options, ceiling)
+            return await self._score(body, options, ceiling, scope)
         chat = path != "/v1/completions"
         handler = self._chat if chat else self._completions
         create = handler.create_chat_completion if chat else handler.create_completion
@@ -409,7 +423,9 @@ class VllmBackend:
             document["usage"]["uncertainty_details"] = run.usage()
             return Answer(body=document, num_samples=run.num_samples)
 
-    async def _score(self, body: dict[str, Any], options: UncertaintyOptions, ceiling: int | None) -> Answer:
+    async def _score(
+        self, body: dict[str, Any], options: UncertaintyOptions, ceiling: int | None, scope: Scope
+    ) -> Answer:
         """Answers /v1/uncertainty/score: the uncertainty of a text that the caller already has."""
         given = _parse(ScoreRequest, body)
         if given.messages is not None:
@@ -430,10 +446,14 @@ class VllmBackend:
         prompt_ids = list(inputs[0]["prompt_token_ids"])
         token_ids = continuation(self._tokenizer, prompt_ids, text) if isinstance(text, str) else text
         self._check_scored(prompt_ids, token_ids)
-        identity = f"score-{secrets.token_hex(16)}"
+        facts = CURRENT.get()
+        identity = f"score-{secrets.token_hex(16) if facts is None else facts.request_id}"
         async with AsyncExitStack() as stack:
             run = await self._run(stack, plan, 1, given.cache_salt)
-            await run.score(prompt_ids, token_ids, identity, {})
+            headers = Request(dict(scope)).headers
+            traced = await self.engine_client.is_tracing_enabled()
+            trace_headers = await self._completions._get_trace_headers(headers) if traced else None
+            await run.score(prompt_ids, token_ids, identity, {"trace_headers": trace_headers})
             uncertainty = run.uncertainty[0]
             self.observe(plan, uncertainty)
             usage = {

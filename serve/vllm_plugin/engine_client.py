@@ -25,7 +25,7 @@ from credence.serve.config import TOKEN_VARIABLE
 from credence.serve.engine import SampleLoadError
 from credence.serve.ensemble import Ensemble, Gang, Plan
 from credence.serve.errors import EnsembleFailed
-from credence.serve.facts import CURRENT
+from credence.serve.facts import CURRENT, note
 from credence.serve.samples import Slot
 
 
@@ -190,6 +190,7 @@ class GangRunner:
         Raises:
             EnsembleFailed: the engine ended a member before the answer was complete.
         """
+        note("gang start", members=gang.num_samples, prompt_tokens=len(gang.prompt_token_ids))
         ids = [f"{request_id}-{gang.gang_id}-{member}" for member in range(gang.num_samples)]
         outputs = [
             self.client.generate(
@@ -223,6 +224,9 @@ class GangRunner:
         finally:
             tasks = [following, *followers]
             await asyncio.shield(self._end(ids, tasks, together))
+            note(
+                "gang end", members=gang.num_samples, complete=finished, tokens=len(gang.targets) or len(gang.token_ids)
+            )
 
     async def _end(
         self, ids: list[str], tasks: Sequence["asyncio.Future[RequestOutput | None]"], together: "asyncio.Future[Any]"

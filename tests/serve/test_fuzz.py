@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.serve.conftest import Server
+from tests.servers import Server
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs requirements/fuzz.txt: make test-fuzz")
 
