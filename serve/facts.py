@@ -31,6 +31,7 @@ class RequestFacts:
     Attributes:
         request_id: the client's X-Request-Id or one of ours.
         method, path: of the request line.
+        route: its path in the table of routes, with ``{name}`` for what a client chose; None outside the table.
         started_s: ``time.perf_counter()`` at the request's arrival (seconds).
         key: name of the API key, None without.
         model: served name the request asks for, once its body was read; None if it could be no name.
@@ -49,6 +50,7 @@ class RequestFacts:
     method: str
     path: str
     started_s: float
+    route: str | None = None
     key: str | None = None
     model: str | None = None
     n_samples_asked: int | str | None = None

@@ -113,6 +113,7 @@ class Gate:
         facts = RequestFacts.of(scope)
         CURRENT.set(facts)
         route = find(facts.path, backend.security.routes)
+        facts.route = None if route is None else route.path
         sent = _Sent(send, facts)
         try:
             await self._serve(backend, route, facts, scope, receive, sent)
@@ -134,6 +135,7 @@ class Gate:
 
     async def _while_starting(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = find(scope["path"])
+        RequestFacts.of(scope).route = None if route is None else route.path
         if route is not None and route.access is Access.OPEN:
             await self.app(scope, receive, send)
             return

@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import quote
 
 from credence.serve.facts import CURRENT, RequestFacts
 from credence.serve.routes import UNCERTAINTY_PATHS, Access, find
@@ -93,6 +92,10 @@ class _Exchange:
         await self._send(message)
 
 
+UNLISTED = "unlisted"
+"""Path of a request outside the table of routes: what it asked for may be anything, a prompt or a key too."""
+
+
 def describe(facts: RequestFacts) -> dict[str, Any]:
     """The fields of a request's log line; of several answers, those of the least certain one."""
     answers = facts.uncertainties
@@ -104,7 +107,7 @@ def describe(facts: RequestFacts) -> dict[str, Any]:
         "request_id": facts.request_id,
         "key": facts.key,
         "method": facts.method,
-        "path": quote(facts.path, safe="/{}:@!$&'()*+,;=")[:256],
+        "path": facts.route or UNLISTED,
         "status": facts.status,
         "mode": facts.mode,
         "k": facts.k,
@@ -154,7 +157,7 @@ def _start_span(tracer: Any, facts: RequestFacts, scope: Scope) -> Any:
 def _end_span(span: Any, facts: RequestFacts, fields: dict[str, Any]) -> None:
     from opentelemetry.trace import StatusCode
 
-    names = {"method": "http.request.method", "path": "url.path", "status": "http.response.status_code"}
+    names = {"method": "http.request.method", "path": "http.route", "status": "http.response.status_code"}
     attributes = {names.get(name, f"credence.{name}"): value for name, value in fields.items() if value is not None}
     if facts.uncertainties:
         first = facts.uncertainties[0]

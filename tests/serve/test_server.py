@@ -154,22 +154,22 @@ def test_bad_requests_name_the_field_and_the_server_survives(
 
 
 @pytest.mark.parametrize(
-    ("change", "status"),
+    "change",
     [
-        ({"n": 10_000_000}, 503),
-        ({"n": 16_000}, 503),
-        ({"n": 100, "prompt": ["w1"] * 1000}, 503),
-        ({"prompt": ["w1"] * 100_000}, 400),
-        ({"logprobs": 1_000_000}, 400),
-        ({"prompt_logprobs": -1}, 400),
-        ({"uncertainty": {"n_samples": 10**9}}, 400),
-        ({"uncertainty": True, "n": 16_000}, 400),
+        {"n": 10_000_000},
+        {"n": 16_000},
+        {"n": 100, "prompt": ["w1"] * 1000},
+        {"prompt": ["w1"] * 100_000},
+        {"logprobs": 1_000_000},
+        {"prompt_logprobs": -1},
+        {"uncertainty": {"n_samples": 10**9}},
+        {"uncertainty": True, "n": 16_000},
     ],
 )
-def test_no_request_can_take_the_server_from_everybody(server: Server, change: dict[str, Any], status: int) -> None:
+def test_no_request_can_take_the_server_from_everybody(server: Server, change: dict[str, Any]) -> None:
     """Sequences are bounded as a product of n, prompts and samples, at the door."""
     response = server.complete(**{"model": "diag", "prompt": PROMPT, "max_tokens": 1, **change})
-    assert response.status_code == status, response.text[:300]
+    assert response.status_code == 400, response.text[:300]
     assert server.complete(model="diag", prompt=PROMPT, max_tokens=1, uncertainty=True).status_code == 200
     wait_until_idle(server, within_s=10)
 

@@ -202,10 +202,16 @@ def test_refusals_and_faults_say_why(served: Served, lines: list[str]) -> None:
     assert (fault["level"], fault["status"]) == ("warning", 500)
 
 
-def test_a_path_cannot_forge_a_line(served: Served, lines: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    served.ask("GET", "/nowhere%0Alevel=critical%22")
+@pytest.mark.parametrize(
+    ("path", "logged"),
+    [("/nowhere%0Alevel=critical%22", "unlisted"), ("/admin/v1/adapters/my%20secret", "/admin/v1/adapters/{name}")],
+)
+def test_a_path_brings_nothing_of_its_own_into_a_line(
+    served: Served, lines: list[str], caplog: pytest.LogCaptureFixture, path: str, logged: str
+) -> None:
+    served.ask("GET", path)
     (line,) = lines
-    assert "\n" not in line and json.loads(line)["path"] == "/nowhere%0Alevel=critical%22"
+    assert "\n" not in line and json.loads(line)["path"] == logged
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
@@ -270,7 +276,7 @@ def test_the_span_says_what_was_served(served: Served) -> None:
     expected = {
         "credence.mode": "ensemble", "credence.k": 8, "credence.tau": 0.5, "credence.model": "triage", "credence.digest": DIGEST,
         "credence.confidence": 0.4, "credence.epistemic": 0.3, "credence.flag": "low_confidence", "credence.n_effective": 7,
-        "http.request.method": "POST", "url.path": "/v1/completions", "http.response.status_code": 200,
+        "http.request.method": "POST", "http.route": "/v1/completions", "http.response.status_code": 200,
     }  # fmt: skip
     assert {name: span.attributes[name] for name in expected} == expected
     assert [(event.name, dict(event.attributes or {})) for event in span.events] == [
