@@ -135,6 +135,7 @@ class CredenceEndpointPlugin:
         app.include_router(router)
         app.openapi = _openapi  # type: ignore[method-assign]
         app.add_exception_handler(HTTPException, _refused_by_the_framework)
+        app.add_exception_handler(AttributeError, _refused_or_broken)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Loads the adapters, draws their resident samples and opens the gate.
@@ -602,6 +603,8 @@ def _parse(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         raise BadRequest(f"{param or 'request'}: {first['msg']}", param=param) from None
+    except (AttributeError, TypeError, KeyError) as error:  # vLLM's validators take the form of some values for granted
+        raise BadRequest("a field of the request has a value of the wrong type", param=None) from error
     for field, harmless in UNSUPPORTED.items():
         value = getattr(request, field, harmless[0])
         if value not in harmless:
@@ -650,6 +653,22 @@ async def _refused_by_the_framework(request: Request, error: Exception) -> JSONR
     refusal = ServeError(str(error.detail))
     refusal.status, refusal.kind = error.status_code, HTTPStatus(error.status_code).phrase
     return JSONResponse(refusal.body(), status_code=error.status_code, headers=dict(error.headers or {}))
+
+
+async def _refused_or_broken(request: Request, error: Exception) -> JSONResponse:
+    """An attribute that is missing inside vLLM's request models is a value of the wrong type; anywhere else it is a bug."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    validating = frame is not None and frame.tb_frame.f_code.co_filename.endswith("protocol.py")
+    if not validating:
+        logger.error("A request failed", exc_info=error)
+    refusal = (
+        BadRequest("a field of the request has a value of the wrong type", param=None)
+        if validating
+        else ServeError("internal error; the server's log has the details")
+    )
+    return JSONResponse(refusal.body(), status_code=refusal.status)
 
 
 def _openapi() -> dict[str, Any]:
