@@ -96,6 +96,10 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 
 
+NUMBERS = {"repetition_penalty": (1e-3, 1e3), "temperature": (0.0, 1e6)}
+"""Numbers that the worker computes with in float32: one outside its range would end the engine for everybody."""
+
+
 class CredenceEndpointPlugin:
     """See vllm.plugins.endpoint_plugins.interface.EndpointPlugin."""
 
@@ -612,6 +616,10 @@ def _parse(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
                 f"{field} = {json.dumps(value, default=str)[:80]} cannot be combined with uncertainty; leave it out",
                 param=field,
             )
+    for field, (least, most) in NUMBERS.items():
+        value = getattr(request, field, None)
+        if value is not None and not least <= value <= most:
+            raise BadRequest(f"{field} must be {least:g} to {most:g} with uncertainty, got {value:g}", param=field)
     if getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None:
         raise BadRequest("echo with logprobs cannot be combined with uncertainty; leave one out", param="echo")
     for field in ("max_tokens", "max_completion_tokens"):
