@@ -96,6 +96,10 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 
 
+NUMBERS = {"repetition_penalty": (1e-3, 1e3), "temperature": (0.0, 1e6)}
+"""Numbers that the worker computes with in float32: one outside its range would end the engine for everybody."""
+
+
 class CredenceEndpointPlugin:
     """See vllm.plugins.endpoint_plugins.interface.EndpointPlugin."""
 
@@ -135,6 +139,7 @@ class CredenceEndpointPlugin:
         app.include_router(router)
         app.openapi = _openapi  # type: ignore[method-assign]
         app.add_exception_handler(HTTPException, _refused_by_the_framework)
+        app.add_exception_handler(AttributeError, _refused_or_broken)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Loads the adapters, draws their resident samples and opens the gate.
@@ -602,6 +607,8 @@ def _parse(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         raise BadRequest(f"{param or 'request'}: {first['msg']}", param=param) from None
+    except (AttributeError, TypeError, KeyError) as error:  # vLLM's validators take the form of some values for granted
+        raise BadRequest("a field of the request has a value of the wrong type", param=None) from error
     for field, harmless in UNSUPPORTED.items():
         value = getattr(request, field, harmless[0])
         if value not in harmless:
@@ -609,6 +616,10 @@ def _parse(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
                 f"{field} = {json.dumps(value, default=str)[:80]} cannot be combined with uncertainty; leave it out",
                 param=field,
             )
+    for field, (least, most) in NUMBERS.items():
+        value = getattr(request, field, None)
+        if value is not None and not least <= value <= most:
+            raise BadRequest(f"{field} must be {least:g} to {most:g} with uncertainty, got {value:g}", param=field)
     if getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None:
         raise BadRequest("echo with logprobs cannot be combined with uncertainty; leave one out", param="echo")
     for field in ("max_tokens", "max_completion_tokens"):
@@ -650,6 +661,22 @@ async def _refused_by_the_framework(request: Request, error: Exception) -> JSONR
     refusal = ServeError(str(error.detail))
     refusal.status, refusal.kind = error.status_code, HTTPStatus(error.status_code).phrase
     return JSONResponse(refusal.body(), status_code=error.status_code, headers=dict(error.headers or {}))
+
+
+async def _refused_or_broken(request: Request, error: Exception) -> JSONResponse:
+    """An attribute that is missing inside vLLM's request models is a value of the wrong type; anywhere else it is a bug."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    validating = frame is not None and frame.tb_frame.f_code.co_filename.endswith("protocol.py")
+    if not validating:
+        logger.error("A request failed", exc_info=error)
+    refusal = (
+        BadRequest("a field of the request has a value of the wrong type", param=None)
+        if validating
+        else ServeError("internal error; the server's log has the details")
+    )
+    return JSONResponse(refusal.body(), status_code=refusal.status)
 
 
 def _openapi() -> dict[str, Any]:
