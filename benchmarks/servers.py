@@ -8,7 +8,7 @@ workload both load the merged model alone, and name it ``base``.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,9 +165,18 @@ def request_body(
 
 @contextmanager
 def credence_server(
-    workload: Workload, settings: EngineSettings, log: Path, progress: Callable[[str], None]
+    workload: Workload,
+    settings: EngineSettings,
+    log: Path,
+    progress: Callable[[str], None],
+    flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Target]:
     """Our server, stopped when the block ends.
+
+    Args:
+        flags: more of `credence serve`.
+        environment: more variables.
 
     Raises:
         DemoError: it did not start; the message holds the end of its log.
@@ -179,9 +188,9 @@ def credence_server(
     )
     command = [
         credence_command(), "serve", *model,
-        "--max-samples", str(settings.max_samples), "--default-samples", str(min(8, settings.max_samples)),
+        "--max-samples", str(settings.max_samples), "--default-samples", str(min(8, settings.max_samples)), *flags,
     ]  # fmt: skip
-    with _running(command, settings, {}, log, "/readyz", progress) as target:
+    with _running(command, settings, dict(environment or {}), log, "/readyz", progress) as target:
         yield target
 
 

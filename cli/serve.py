@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -101,8 +101,8 @@ def serve(
     max_sequences: Annotated[
         int | None,
         typer.Option(
-            "--max-sequences-per-request",
-            envvar="CREDENCE_MAX_SEQUENCES_PER_REQUEST",
+            "--max-sequences",
+            envvar="CREDENCE_MAX_SEQUENCES",
             min=1,
             help="Largest n x (1 + K) x prompts of a request.",
             show_default="2048",
@@ -189,6 +189,12 @@ def serve(
             envvar="CREDENCE_READINESS_TIMEOUT",
         ),
     ] = 5.0,
+    log_format: Annotated[
+        Literal["text", "json"],
+        typer.Option(
+            "--log-format", envvar="CREDENCE_LOG_FORMAT", help="Log as text, or as JSON lines with request ids."
+        ),
+    ] = "text",
 ) -> int:
     """Serve adapters with their uncertainty.
 
@@ -254,6 +260,7 @@ def serve(
         trust=None if trust is None else str(trust),
         max_inflight_rows=max_inflight_rows,
         readiness_timeout_s=readiness_timeout,
+        log_format=log_format,
         checks=checks,
     )
     if check:

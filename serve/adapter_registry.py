@@ -19,9 +19,10 @@ from credence.adapters import Artifact, ArtifactError, TrustRoot, load_artifact
 from credence.serve.config import ADAPTER_NAME, ServeConfig
 from credence.serve.engine import EngineLimits, SampleLoadError
 from credence.serve.ensemble import EnsembleService, ServedAdapter
-from credence.serve.errors import ArtifactRefused, BadRequest, Conflict, NotFound, ServeError
+from credence.serve.errors import ArtifactRefused, BadRequest, ConfigurationError, Conflict, NotFound, ServeError
 from credence.serve.in_flight import InFlight, Snapshot
 from credence.serve.metrics import Metrics
+from credence.serve.preflight import BaseModel, check_modules
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class MeanEngine(Protocol):
         """Whether a name belongs to something that is no adapter of ours, such as the base model."""
         ...
 
-    async def load(self, name: str, lora_id: int, artifact: Artifact) -> Any:
+    async def load(self, lora_id: int, artifact: Artifact) -> Any:
         """Loads a mean and returns the engine's handle of it; raises SampleLoadError."""
         ...
 
@@ -87,6 +88,7 @@ class AdapterRegistry:
     Args:
         adapters: the service's own table of ready adapters by name; kept up to date here.
         canary: asks an adapter that is not served yet for an answer; raises ServeError.
+        base: the base model's layers, where they are known. vLLM takes factors smaller than a layer, and of layers it does not have.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class AdapterRegistry:
         in_flight: InFlight,
         lora_ids: "itertools.count[int]",
         canary: Callable[[ServedAdapter], Awaitable[None]],
+        base: BaseModel | None = None,
     ) -> None:
         self._config = config
         self._service = service
@@ -107,6 +110,7 @@ class AdapterRegistry:
         self._in_flight = in_flight
         self._lora_ids = lora_ids
         self._canary = canary
+        self._base = base
         self._store = Path(config.state_dir) / "artifacts"
         self._trust = None if config.trust is None else TrustRoot.load(config.trust)
         self._served: dict[str, Served] = {}
@@ -150,8 +154,10 @@ class AdapterRegistry:
 
     async def start(self, name: str, folder: Path) -> None:
         """Serves a verified artifact of the private store at the server's start; raises ServeError."""
+        start = time.perf_counter()
         artifact = await asyncio.to_thread(load_artifact, folder)
         await self._serve(name, artifact, alias_of=None)
+        self._count_load(start)
 
     async def load(self, name: str, folder: Path, *, replace: bool = False) -> dict[str, Any]:
         """Verifies an artifact and serves it as ``name``.
@@ -171,7 +177,7 @@ class AdapterRegistry:
             self._loading = name
             start = time.perf_counter()
             try:
-                artifact = await self._verify(folder)
+                artifact = await self._verify(name, folder)
                 await self._serve(name, artifact, alias_of=None)
             except Exception as error:
                 self.metrics.adapter_loads.labels("refused").inc()
@@ -182,8 +188,7 @@ class AdapterRegistry:
                 raise
             finally:
                 self._loading = None
-            self.metrics.adapter_loads.labels("ok").inc()
-            self.metrics.adapter_load_seconds.observe(time.perf_counter() - start)
+            self._count_load(start)
             return self._describe(name)
 
     async def promote(self, alias: str, target: str) -> dict[str, Any]:
@@ -238,6 +243,10 @@ class AdapterRegistry:
         while self._retirements:
             await asyncio.wait(set(self._retirements))
 
+    def _count_load(self, start: float) -> None:
+        self.metrics.adapter_loads.labels("ok").inc()
+        self.metrics.adapter_load_seconds.observe(time.perf_counter() - start)
+
     def _check_layout(self) -> None:
         if self._config.merged:
             raise Conflict(
@@ -252,7 +261,7 @@ class AdapterRegistry:
         if name in self._served and not replace:
             raise Conflict(f"an adapter {name!r} is served; send replace: true to move the name", param="name")
 
-    async def _verify(self, folder: Path) -> Artifact:
+    async def _verify(self, name: str, folder: Path) -> Artifact:
         """Reads, verifies and copies an artifact; raises ArtifactRefused."""
         try:
             artifact = await asyncio.to_thread(load_artifact, folder, store=self._store, trust=self._trust)
@@ -261,8 +270,12 @@ class AdapterRegistry:
             raise ArtifactRefused(str(error), code=error.reason) from error
         try:
             check_fits(artifact, self._service.limits)
-        except ArtifactRefused:
+            if self._base is not None:
+                check_modules(name, str(artifact.path), self._base)
+        except ServeError as error:
             self._delete(artifact)
+            if isinstance(error, ConfigurationError):
+                raise ArtifactRefused(error.message, code="base_model") from None
             raise
         return artifact
 
@@ -281,11 +294,12 @@ class AdapterRegistry:
         if not self._config.merged:
             self._engine.publish(name, loaded.mean)
         self.metrics.serve(name, artifact.config.method, artifact.digest)
+        self.metrics.released(name, artifact.metrics, self._service.default_samples(adapter))
         if before is not None and before.loaded is not loaded:
             self._release(name, before.loaded, None)
 
     async def _into_engine(self, name: str, artifact: Artifact) -> Loaded:
-        in_use = sum(bool(loaded.names) for loaded in self._loaded.values())
+        in_use = sum(bool(loaded.names - {name}) for loaded in self._loaded.values())  # what is replaced makes room
         if in_use >= self._config.num_adapters:
             self._delete(artifact)
             raise Conflict(
@@ -295,7 +309,7 @@ class AdapterRegistry:
         mean = None
         try:
             if not self._config.merged:
-                mean = await self._engine.load(name, next(self._lora_ids), artifact)
+                mean = await self._engine.load(next(self._lora_ids), artifact)
             adapter = ServedAdapter(name=name, artifact=artifact, merged=self._config.merged, mean=mean)
             await self._service.make_resident(adapter)
             await self._canary(adapter)

@@ -22,7 +22,7 @@ from credence.adapters import Artifact, IsotonicMap, PlattMap
 from credence.serve.config import ServeConfig
 from credence.serve.engine import EngineLimits, SampleEngine, SampleLoadError
 from credence.serve.errors import BadRequest, ConfigurationError, EnsembleFailed, Unavailable
-from credence.serve.facts import CURRENT
+from credence.serve.facts import CURRENT, note
 from credence.serve.metrics import Metrics, k_label
 from credence.serve.readiness import ASIDE
 from credence.serve.samples import NoFreeSlot, SampleRef, SampleSlots, Slot
@@ -504,6 +504,7 @@ class EnsembleService:
         Raises:
             Unavailable: no free slot.
         """
+        asked = time.perf_counter()
         async with self._lock:
             known = set(self._slots.resident())
             try:
@@ -533,6 +534,9 @@ class EnsembleService:
             self._slots.release([ref for ref in refs if ref in failed])
             self._slots.discard(failed)
             self._count_slots()
+        note(
+            "samples leased", samples=len(refs), drawn=len(new), failed=len(failed), seconds=time.perf_counter() - asked
+        )
         return [slot for slot in slots if slot.ref not in failed]
 
     def _count_slots(self) -> None:

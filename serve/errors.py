@@ -106,7 +106,7 @@ class Conflict(ServeError):
 
 
 class ArtifactRefused(ServeError):
-    """422; ``code`` is the reason of an ArtifactError, or what of the server's limits does not fit: rank, modules, classifier, engine."""
+    """422; ``code`` is the reason of an ArtifactError, or what does not fit the server: rank, modules, classifier, base_model, engine."""
 
     status = 422
     kind = "ArtifactRefusedError"

@@ -15,6 +15,15 @@ from credence.serve.schemas import Uncertainty
 SCOPE_KEY = "credence.facts"
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A moment of a request: a name, nanoseconds since the epoch, and numbers that belong to it."""
+
+    name: str
+    time_ns: int
+    attributes: dict[str, int | float | bool]
+
+
 @dataclass(slots=True, kw_only=True)
 class RequestFacts:
     """One request. No prompt, answer text or API key is ever among the facts.
@@ -22,23 +31,26 @@ class RequestFacts:
     Attributes:
         request_id: the client's X-Request-Id or one of ours.
         method, path: of the request line.
+        route: its path in the table of routes, with ``{name}`` for what a client chose; None outside the table.
         started_s: ``time.perf_counter()`` at the request's arrival (seconds).
         key: name of the API key, None without.
         model: served name the request asks for, once its body was read; None if it could be no name.
         n_samples_asked: ``uncertainty.n_samples`` as it was asked for; None if it was left out.
         mode: of the uncertainty; ``mean`` without.
         k: posterior samples; 0 without uncertainty.
-        status: HTTP status that was sent; 499 if the client went away first; None while none was.
+        status: HTTP status that was sent; 499 if the client went away before the end of its answer; None while none was.
         reason: why it was refused or failed (the label of ``credence_rejections_total``).
         first_event_s: ``time.perf_counter()`` at the first event of a streamed answer.
         sample_prompt_tokens, sample_completion_tokens: work done under posterior samples, also for an answer that was not finished.
         uncertainties: of the finished answers, one per choice.
+        events: what happened on the way, for the request's span.
     """
 
     request_id: str
     method: str
     path: str
     started_s: float
+    route: str | None = None
     key: str | None = None
     model: str | None = None
     n_samples_asked: int | str | None = None
@@ -50,6 +62,7 @@ class RequestFacts:
     sample_prompt_tokens: int = 0
     sample_completion_tokens: int = 0
     uncertainties: list[Uncertainty] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
     @classmethod
     def of(cls, scope: MutableMapping[str, Any]) -> "RequestFacts":
@@ -70,6 +83,13 @@ class RequestFacts:
 
 CURRENT: ContextVar[RequestFacts | None] = ContextVar("credence_request_facts", default=None)
 """Facts of the request that this task works for."""
+
+
+def note(name: str, **attributes: int | float | bool) -> None:
+    """Adds an event of now to the request that this task works for, if it works for one."""
+    facts = CURRENT.get()
+    if facts is not None:
+        facts.events.append(Event(name, time.time_ns(), attributes))
 
 
 def _usable(request_id: str) -> str:

@@ -113,17 +113,20 @@ class Gate:
         facts = RequestFacts.of(scope)
         CURRENT.set(facts)
         route = find(facts.path, backend.security.routes)
+        facts.route = None if route is None else route.path
         sent = _Sent(send, facts)
         try:
             await self._serve(backend, route, facts, scope, receive, sent)
         except _Disconnected:
             facts.status = 499
-            backend.metrics.client_disconnects.inc()
         except ServeError as error:
             facts.reason = error.reason
             backend.metrics.rejections.labels(error.reason).inc()
             if facts.status is None:
                 await _send_json(sent, error.status, error.body(), error.headers())
+        except Exception:
+            facts.status = facts.status or 500
+            raise
         finally:
             _measure(facts, backend.metrics)
             audit = backend.security.audit
@@ -132,6 +135,7 @@ class Gate:
 
     async def _while_starting(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = find(scope["path"])
+        RequestFacts.of(scope).route = None if route is None else route.path
         if route is not None and route.access is Access.OPEN:
             await self.app(scope, receive, send)
             return
@@ -250,7 +254,7 @@ class _Sent:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._facts.status = message["status"]
+            self._facts.status = self._facts.status or message["status"]
             if message["status"] in (429, 503) and all(
                 name.lower() != b"retry-after" for name, _ in message["headers"]
             ):
@@ -264,6 +268,8 @@ class _Sent:
 
 def _measure(facts: RequestFacts, metrics: Metrics) -> None:
     """Counts a request on a path that uncertainty is served on; ``k`` is the number of samples that were used."""
+    if facts.status in (None, 499):
+        metrics.client_disconnects.inc()
     if facts.path not in UNCERTAINTY_PATHS or facts.method != "POST":
         return
     outcome = "disconnected" if facts.status in (None, 499) else outcome_label(facts.status or 0)

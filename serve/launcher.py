@@ -1,5 +1,6 @@
 """Starts the server: verifies the adapters, sets what vLLM must be told, and hands over to it."""
 
+import json
 import os
 import secrets
 import shutil
@@ -17,6 +18,7 @@ from credence.serve.keys import KeyRing
 from credence.serve.limits import RequestLimits
 from credence.serve.preflight import Checks, Memory, Row, check_memory, check_modules, check_port, read_base
 from credence.serve.routes import with_extra
+from credence.serve.telemetry import json_logging
 
 REFUSED = 2
 """Exit code of ``--check`` where the server would not start."""
@@ -51,6 +53,7 @@ def main(
     trust: str | None = None,
     max_inflight_rows: int = 1024,
     readiness_timeout_s: float = 5.0,
+    log_format: str = "text",
     checks: Checks | None = None,
 ) -> int:
     """Serves ``base`` with Bayesian adapters until a signal.
@@ -73,6 +76,7 @@ def main(
         max_inflight_rows: samples x sequences that are answered at once.
         readiness_timeout_s: how long /readyz waits for its own request.
         checks: notes what the checks find; those that keep going make all of them, and no server is started.
+        log_format: ``text`` or ``json``.
 
     Returns:
         The process's exit code; with checks that keep going 0, or 2 if one found a problem.
@@ -140,6 +144,8 @@ def main(
             stats_dir=str(stats),
         )
         set_environment(config)
+        if log_format == "json":
+            log_json(state / "logging.json")
         # Imported here: importing vLLM reads the environment.
         from credence.serve.vllm_plugin import server
 
@@ -316,6 +322,12 @@ def set_environment(config: ServeConfig) -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") or "0"
 
 
+def log_json(path: Path) -> None:
+    """Lets vLLM, in all its processes, and uvicorn log as JSON lines; a configuration file that the user has given goes first."""
+    path.write_text(json.dumps(json_logging(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))))
+    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(path))
+
+
 def defaults(
     config: ServeConfig,
     *,
@@ -338,6 +350,8 @@ def defaults(
         "--lora-target-modules": list(modules),
         "--scheduler-cls": [scheduler],
         "--shutdown-timeout": ["30"],
+        # credence.serve.telemetry writes the access log.
+        "--disable-uvicorn-access-log": [],
         # vLLM bounds n and the number of prompts, not their product: one request can hold 16 million sequences.
         "--max-num-queued-reqs": [str(2 * config.max_inflight_rows)],
     }

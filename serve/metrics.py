@@ -1,23 +1,30 @@
 """Prometheus metrics of our part of the server; vLLM's own stay beside them in the same /metrics.
 
-Label values are closed sets, initialised at start: never a prompt, a user, a seed or a path. vLLM counts every member of an ensemble as a
-request of its own; these count what users asked for.
+Label values are closed sets, initialised at start where their product is small: never a prompt, a user, a seed or a path. vLLM counts every
+member of an ensemble as a request of its own; these count what users asked for. docs/observability.md has the table; a test compares.
 """
 
-from collections.abc import Iterable
-from typing import get_args
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from credence.adapters.errors import ArtifactReason
 
 K_VALUES = (0, 1, 2, 4, 8, 16, 32)
+MODES = ("mean", "ensemble", "score", "choices", "generate")
 OUTCOMES = ("ok", "client_error", "server_error", "disconnected")
 REJECTIONS = (
     "bad_request", "unauthorized", "forbidden", "unknown_model", "unknown_route", "conflict", "too_large", "artifact_refused", "rate_limit",
     "overload", "draining",
     "sample_failed", "internal",
 )  # fmt: skip
+DEGRADATIONS = ("sample_failed",)
+CACHE_RESULTS = ("hit", "miss")
+SLOT_STATES = ("leased", "resident", "free")
+LOAD_RESULTS = ("ok", "refused")
+INTEGRITY_FAILURES: tuple[str, ...] = get_args(ArtifactReason)
 LATENCY_BUCKETS_S = (
     0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.4, 0.6, 1, 1.5, 2.5, 4, 6, 10, 15, 25, 40, 60, 120, 300,
 )  # fmt: skip
@@ -44,7 +51,6 @@ class Metrics:
     """
 
     def __init__(self, registry: CollectorRegistry, adapters: Iterable[tuple[str, str, str]]) -> None:
-        self._info: dict[str, tuple[str, str, str]] = {}
         self.request_duration_seconds = Histogram(
             "credence_request_duration_seconds",
             "Time from the request's arrival to the end of its answer, by number of posterior samples (k=0: the mean).",
@@ -52,9 +58,6 @@ class Metrics:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
-        for k in K_VALUES:
-            mode = "ensemble" if k else "mean"
-            self.request_duration_seconds.labels("/v1/completions", mode, str(k), "ok")
         self.time_to_first_token_seconds = Histogram(
             "credence_time_to_first_token_seconds",
             "Time from a streaming request's arrival to the first event of its answer, by number of posterior samples.",
@@ -69,10 +72,6 @@ class Metrics:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
-        for k in K_VALUES:
-            self.time_to_first_token_seconds.labels("ensemble" if k else "mean", str(k))
-            if k > 1:
-                self.gang_wait_seconds.labels(str(k))
         self.inflight_requests = Gauge(
             "credence_inflight_requests", "Uncertainty requests being served.", registry=registry
         )
@@ -107,19 +106,29 @@ class Metrics:
         self.adapter_integrity_failures = Counter(
             "credence_adapter_integrity_failures", "Artifacts refused by verification.", ["reason"], registry=registry
         )
-        for reason in get_args(ArtifactReason):
-            self.adapter_integrity_failures.labels(reason)
-        self.degraded_requests = Counter(
-            "credence_degraded_requests", "Answers with fewer samples than asked for.", ["reason"], registry=registry
+        self.adapter_release_accuracy = Gauge(
+            "credence_adapter_release_accuracy",
+            "Accuracy that the release of an adapter measured at the server's default number of samples.",
+            ["adapter"],
+            registry=registry,
         )
-        self.degraded_requests.labels("sample_failed")
+        self.adapter_release_ece = Gauge(
+            "credence_adapter_release_ece",
+            "Expected calibration error that the release of an adapter measured at the server's default number of samples.",
+            ["adapter"],
+            registry=registry,
+        )
+        self.degraded_requests = Counter(
+            "credence_degraded_requests",
+            "Requests served with fewer samples than asked for.",
+            ["reason"],
+            registry=registry,
+        )
         self.rejections = Counter(
             "credence_rejections", "Requests refused at the door or failed.", ["reason"], registry=registry
         )
-        for reason in REJECTIONS:
-            self.rejections.labels(reason)
         self.client_disconnects = Counter(
-            "credence_client_disconnects", "Clients that went away before their answer.", registry=registry
+            "credence_client_disconnects", "Clients that went away before the end of their answer.", registry=registry
         )
         self.audit_failures = Counter(
             "credence_audit_failures", "Lines of the audit log that could not be written.", registry=registry
@@ -142,16 +151,14 @@ class Metrics:
         self.flagged = Counter(
             "credence_flagged", "Answers below the request's threshold.", ["adapter"], registry=registry
         )
-        for result in ("hit", "miss"):
-            self.sample_cache_requests.labels(result)
-        for result in ("ok", "refused"):
-            self.adapter_loads.labels(result)
+        self._info: dict[str, tuple[str, str, str]] = {}
+        self._initialise()
         for name, method, digest in adapters:
             self.serve(name, method, digest)
 
     def serve(self, name: str, method: str, digest: str) -> None:
-        """Starts the series of a served name, or moves them to another artifact."""
-        self._forget_info(name)
+        """Starts the series of a served name (at zero, so that the first answer is an increase), or moves them to another artifact."""
+        self._forget(name)
         self._info[name] = (name, method, digest.removeprefix("sha256:")[:8])
         self.adapter_info.labels(*self._info[name]).set(1)
         for metric in (self.confidence, self.epistemic_nats, self.flagged):
@@ -159,10 +166,46 @@ class Metrics:
 
     def withdraw(self, name: str) -> None:
         """Ends the series of a name that is served no longer."""
-        self._forget_info(name)
+        self._forget(name)
         for metric in (self.confidence, self.epistemic_nats, self.flagged):
             metric.remove(name)
 
-    def _forget_info(self, name: str) -> None:
+    def released(self, adapter: str, measured: Mapping[str, Any], k: int) -> None:
+        """Shows what the release of a served artifact measured at K samples; nothing for free text, which has no accuracy.
+
+        Args:
+            adapter: served name; call :meth:`serve` first, which forgets the artifact before.
+            measured: the artifact's metrics.json.
+        """
+        release = measured.get("release", {})
+        accuracy, ece = (release.get(name, {}).get(str(k)) for name in ("accuracy", "ece15"))
+        if isinstance(accuracy, (int, float)) and isinstance(ece, (int, float)):
+            self.adapter_release_accuracy.labels(adapter).set(accuracy)
+            self.adapter_release_ece.labels(adapter).set(ece)
+
+    def _forget(self, name: str) -> None:
         if name in self._info:
             self.adapter_info.remove(*self._info.pop(name))
+        for gauge in (self.adapter_release_accuracy, self.adapter_release_ece):
+            with contextlib.suppress(KeyError):
+                gauge.remove(name)
+
+    def _initialise(self) -> None:
+        for mode in MODES:
+            for k in K_VALUES:
+                if (k == 0) == (mode == "mean"):
+                    self.request_duration_seconds.labels("/v1/completions", mode, str(k), "ok")
+                    self.time_to_first_token_seconds.labels(mode, str(k))
+        for k in K_VALUES[1:]:
+            self.gang_wait_seconds.labels(str(k))
+        closed: tuple[tuple[Counter | Gauge, tuple[str, ...]], ...] = (
+            (self.sample_cache_requests, CACHE_RESULTS),
+            (self.sample_slots, SLOT_STATES),
+            (self.adapter_loads, LOAD_RESULTS),
+            (self.adapter_integrity_failures, INTEGRITY_FAILURES),
+            (self.degraded_requests, DEGRADATIONS),
+            (self.rejections, REJECTIONS),
+        )
+        for metric, values in closed:
+            for value in values:
+                metric.labels(value)

@@ -169,6 +169,7 @@ def make_artifact(
     tau: dict[int, float] | None = None,
     temperature: dict[int, float] | None = None,
     training: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
 ) -> Artifact:
     """Writes an artifact with visible noise on every adapted module; alpha / r is no power of two by default.
 
@@ -218,5 +219,6 @@ def make_artifact(
             training=training or {},
         ),
         calibration=Calibration(temperature={k: Fit(value=value, nll=0.0) for k, value in (temperature or {}).items()}),
+        metrics=metrics,
     )
     return load_artifact(path)

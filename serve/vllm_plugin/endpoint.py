@@ -35,7 +35,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from credence.serve import admin, playground
+from credence.serve import admin, playground, preflight
 from credence.serve.adapter_folder import AdapterFolder
 from credence.serve.adapter_registry import AdapterRegistry
 from credence.serve.audit import AuditLog
@@ -61,6 +61,7 @@ from credence.serve.readiness import ASIDE, Readiness
 from credence.serve.routes import SCORE_PATH, with_extra
 from credence.serve.schemas import Uncertainty, UncertaintyOptions
 from credence.serve.security import Security, key_of
+from credence.serve.telemetry import Telemetry
 from credence.serve.vllm_plugin.engine_client import (
     CURRENT_RUN,
     EnsembleClient,
@@ -95,6 +96,10 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 
 
+NUMBERS = {"repetition_penalty": (1e-3, 1e3), "temperature": (0.0, 1e6)}
+"""Numbers that the worker computes with in float32: one outside its range would end the engine for everybody."""
+
+
 class CredenceEndpointPlugin:
     """See vllm.plugins.endpoint_plugins.interface.EndpointPlugin."""
 
@@ -107,6 +112,7 @@ class CredenceEndpointPlugin:
         app.state.credence_drain = Drain()
         app.add_middleware(Gate, backend=lambda scope: scope["app"].state.credence)
         app.add_middleware(CountRequests, drain=app.state.credence_drain)
+        _outermost(app)
         router = APIRouter()
 
         @router.get("/v1/models")
@@ -134,6 +140,7 @@ class CredenceEndpointPlugin:
         app.include_router(router)
         app.openapi = _openapi  # type: ignore[method-assign]
         app.add_exception_handler(HTTPException, _refused_by_the_framework)
+        app.add_exception_handler(AttributeError, _refused_or_broken)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Loads the adapters, draws their resident samples and opens the gate.
@@ -147,8 +154,20 @@ class CredenceEndpointPlugin:
         backend = await VllmBackend.create(engine_client, state, args, from_environment())
         watch_shutdown(engine_client, backend)
         watch_outputs(engine_client, backend.readiness)
+        if await engine_client.is_tracing_enabled():
+            from opentelemetry.trace import get_tracer
+
+            state.credence_tracer = get_tracer("credence.serve")
         state.credence = backend
         backend.follow_folder()
+
+
+def _outermost(app: FastAPI) -> None:
+    """Puts Telemetry around the whole stack, which Starlette builds at the first call, when vLLM has added its middleware too."""
+    app.state.credence_tracer = None
+    inner = app.build_middleware_stack
+    outer: Any = app
+    outer.build_middleware_stack = lambda: Telemetry(inner(), tracer=lambda scope: scope["app"].state.credence_tracer)
 
 
 def check_engine(engine_client: EngineClient, args: Namespace) -> None:
@@ -192,6 +211,7 @@ class VllmBackend:
         lora_ids: "itertools.count[int]",
         config: ServeConfig,
         security: Security,
+        base: preflight.BaseModel | None,
     ) -> None:
         self.metrics = service.metrics
         self.draining = False
@@ -226,6 +246,7 @@ class VllmBackend:
             in_flight=self.in_flight,
             lora_ids=lora_ids,
             canary=self.canary,
+            base=base,
         )
         self._background: set[asyncio.Task[None]] = set()
 
@@ -270,6 +291,9 @@ class VllmBackend:
             lora_ids=lora_ids,
             config=config,
             security=make_security(config, args, vllm_config.model_config, metrics),
+            base=await asyncio.to_thread(preflight.read_base, args.model, revision=args.revision, dtype=args.dtype)
+            if config.adapter_roots or config.adapter_dir
+            else None,
         )
         for name, path in config.adapters.items():
             try:
@@ -375,7 +399,7 @@ class VllmBackend:
         key = key_of(scope)
         ceiling = None if key is None else key.max_samples
         if path == SCORE_PATH:
-            return await self._score(body, options, ceiling)
+            return await self._score(body, options, ceiling, scope)
         chat = path != "/v1/completions"
         handler = self._chat if chat else self._completions
         create = handler.create_chat_completion if chat else handler.create_completion
@@ -405,7 +429,9 @@ class VllmBackend:
             document["usage"]["uncertainty_details"] = run.usage()
             return Answer(body=document, num_samples=run.num_samples)
 
-    async def _score(self, body: dict[str, Any], options: UncertaintyOptions, ceiling: int | None) -> Answer:
+    async def _score(
+        self, body: dict[str, Any], options: UncertaintyOptions, ceiling: int | None, scope: Scope
+    ) -> Answer:
         """Answers /v1/uncertainty/score: the uncertainty of a text that the caller already has."""
         given = _parse(ScoreRequest, body)
         if given.messages is not None:
@@ -426,10 +452,14 @@ class VllmBackend:
         prompt_ids = list(inputs[0]["prompt_token_ids"])
         token_ids = continuation(self._tokenizer, prompt_ids, text) if isinstance(text, str) else text
         self._check_scored(prompt_ids, token_ids)
-        identity = f"score-{secrets.token_hex(16)}"
+        facts = CURRENT.get()
+        identity = f"score-{secrets.token_hex(16) if facts is None else facts.request_id}"
         async with AsyncExitStack() as stack:
             run = await self._run(stack, plan, 1, given.cache_salt)
-            await run.score(prompt_ids, token_ids, identity, {})
+            headers = Request(dict(scope)).headers
+            traced = await self.engine_client.is_tracing_enabled()
+            trace_headers = await self._completions._get_trace_headers(headers) if traced else None
+            await run.score(prompt_ids, token_ids, identity, {"trace_headers": trace_headers})
             uncertainty = run.uncertainty[0]
             self.observe(plan, uncertainty)
             usage = {
@@ -578,6 +608,8 @@ def _parse(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         raise BadRequest(f"{param or 'request'}: {first['msg']}", param=param) from None
+    except (AttributeError, TypeError, KeyError) as error:  # vLLM's validators take the form of some values for granted
+        raise BadRequest("a field of the request has a value of the wrong type", param=None) from error
     for field, harmless in UNSUPPORTED.items():
         value = getattr(request, field, harmless[0])
         if value not in harmless:
@@ -585,6 +617,10 @@ def _parse(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
                 f"{field} = {json.dumps(value, default=str)[:80]} cannot be combined with uncertainty; leave it out",
                 param=field,
             )
+    for field, (least, most) in NUMBERS.items():
+        value = getattr(request, field, None)
+        if value is not None and not least <= value <= most:
+            raise BadRequest(f"{field} must be {least:g} to {most:g} with uncertainty, got {value:g}", param=field)
     if getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None:
         raise BadRequest("echo with logprobs cannot be combined with uncertainty; leave one out", param="echo")
     for field in ("max_tokens", "max_completion_tokens"):
@@ -626,6 +662,22 @@ async def _refused_by_the_framework(request: Request, error: Exception) -> JSONR
     refusal = ServeError(str(error.detail))
     refusal.status, refusal.kind = error.status_code, HTTPStatus(error.status_code).phrase
     return JSONResponse(refusal.body(), status_code=error.status_code, headers=dict(error.headers or {}))
+
+
+async def _refused_or_broken(request: Request, error: Exception) -> JSONResponse:
+    """An attribute that is missing inside vLLM's request models is a value of the wrong type; anywhere else it is a bug."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    validating = frame is not None and frame.tb_frame.f_code.co_filename.endswith("protocol.py")
+    if not validating:
+        logger.error("A request failed", exc_info=error)
+    refusal = (
+        BadRequest("a field of the request has a value of the wrong type", param=None)
+        if validating
+        else ServeError("internal error; the server's log has the details")
+    )
+    return JSONResponse(refusal.body(), status_code=refusal.status)
 
 
 def _openapi() -> dict[str, Any]:

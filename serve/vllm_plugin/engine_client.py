@@ -6,6 +6,7 @@ call belongs to travels in a context variable that is read when ``generate`` is 
 """
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextvars import ContextVar
@@ -24,7 +25,7 @@ from credence.serve.config import TOKEN_VARIABLE
 from credence.serve.engine import SampleLoadError
 from credence.serve.ensemble import Ensemble, Gang, Plan
 from credence.serve.errors import EnsembleFailed
-from credence.serve.facts import CURRENT
+from credence.serve.facts import CURRENT, note
 from credence.serve.samples import Slot
 
 
@@ -88,6 +89,9 @@ class VllmMeans:
         self._client = client
         self._models = models
         self._published: set[str] = set()
+        self._loaded: dict[int, str] = {}
+        self._names: list[str] = []
+        self._numbers = itertools.count()
         # vLLM puts its own name of the LoRA into answers; callers know the served name.
         models.model_name = self._model_name
 
@@ -97,19 +101,26 @@ class VllmMeans:
             name in self._models.lora_requests and name not in self._published
         )
 
-    async def load(self, name: str, lora_id: int, artifact: Artifact) -> LoRARequest:
+    async def load(self, lora_id: int, artifact: Artifact) -> LoRARequest:
         """Loads the mean.
 
-        vLLM takes two LoRAs of one name for the same, so the name has the content in it: while a served name moves, both are in one batch.
+        vLLM takes two LoRAs of one name for the same, and while a served name moves both are in one batch; and it keeps a series of metrics
+        for every name it has seen. So the names are few, each belongs to one mean at a time, and the path spells out the content.
         """
-        digest = artifact.digest.removeprefix("sha256:")[:8]
-        request = LoRARequest(lora_name=f"{name}@{digest}", lora_int_id=lora_id, lora_path=str(artifact.path))
-        await _add(self._client, request)
+        name = self._names.pop() if self._names else f"credence-mean-{next(self._numbers):03d}"
+        request = LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=str(artifact.path))
+        try:
+            await _add(self._client, request)
+        except BaseException:
+            self._names.append(name)
+            raise
+        self._loaded[lora_id] = name
         return request
 
     async def unload(self, mean: LoRARequest) -> None:
         """Forgets the mean."""
         await self._client.remove_lora(mean.lora_int_id)
+        self._names.append(self._loaded.pop(mean.lora_int_id))
 
     def publish(self, name: str, mean: LoRARequest) -> None:
         """Makes requests without uncertainty for ``name`` go to ``mean``."""
@@ -125,7 +136,10 @@ class VllmMeans:
         if lora_request is None:
             return str(self._models.base_model_paths[0].name)
         facts = CURRENT.get()
-        return (facts and facts.model) or lora_request.lora_name.partition("@")[0]
+        return (facts and facts.model) or next(
+            (name for name in self._published if self._models.lora_requests[name] is lora_request),
+            lora_request.lora_name,
+        )
 
 
 async def _add(client: EngineClient, request: LoRARequest) -> None:
@@ -176,6 +190,7 @@ class GangRunner:
         Raises:
             EnsembleFailed: the engine ended a member before the answer was complete.
         """
+        note("gang start", members=gang.num_samples, prompt_tokens=len(gang.prompt_token_ids))
         ids = [f"{request_id}-{gang.gang_id}-{member}" for member in range(gang.num_samples)]
         outputs = [
             self.client.generate(
@@ -209,6 +224,9 @@ class GangRunner:
         finally:
             tasks = [following, *followers]
             await asyncio.shield(self._end(ids, tasks, together))
+            note(
+                "gang end", members=gang.num_samples, complete=finished, tokens=len(gang.targets) or len(gang.token_ids)
+            )
 
     async def _end(
         self, ids: list[str], tasks: Sequence["asyncio.Future[RequestOutput | None]"], together: "asyncio.Future[Any]"

@@ -19,12 +19,23 @@ def register() -> None:
             _fork_engine()
 
 
+class _AsVllm(logging.Handler):
+    """Hands our records to vLLM's logger, whenever that is configured: it is not yet when the plugins are loaded."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Logs the record as vLLM would."""
+        theirs = logging.getLogger("vllm")
+        if theirs.isEnabledFor(record.levelno):
+            theirs.handle(record)
+
+
 def _log_as_vllm_does() -> None:
     """Sends our log lines where vLLM's go; it configures its own logger alone, and ours would be lost."""
-    ours, theirs = logging.getLogger("credence"), logging.getLogger("vllm")
-    if theirs.handlers and not ours.handlers:
-        ours.handlers, ours.propagate = list(theirs.handlers), False
-        ours.setLevel(theirs.level)
+    ours = logging.getLogger("credence")
+    if not ours.handlers:
+        ours.addHandler(_AsVllm())
+        ours.propagate = False
+        ours.setLevel(logging.DEBUG)  # vLLM's level decides
 
 
 def _fork_engine() -> None:

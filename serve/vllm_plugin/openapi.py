@@ -259,7 +259,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
 def _content(kind: str, model: type[BaseModel] | None) -> dict[str, Any]:
     if kind == EVENTS and model is not None:
         text = f"Lines `data: <{model.__name__} as JSON>`, at last `data: [DONE]`; an error is an event of its own."
-        return {"schema": {"type": "string", "description": text, "x-event": _reference(model)}}
+        return {"schema": {"description": text, "x-event": _reference(model)}}
     if model is None:
         return {"schema": {"type": "object"} if kind == JSON else {"type": "string"}}
     return {"schema": _reference(model)}

@@ -47,6 +47,7 @@ def test_unknown_flags_go_to_vllm_in_order(credence: Command, started: list[dict
             "trust": None,
             "max_inflight_rows": 1024,
             "readiness_timeout_s": 5.0,
+            "log_format": "text",
         }
     ]
 

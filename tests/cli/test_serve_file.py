@@ -14,7 +14,12 @@ from tests.cli.conftest import Command
 COMMAND: Any = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
 PARAMETERS = [parameter for parameter in COMMAND.params if parameter.name != "help"]
 SETTINGS = [parameter for parameter in PARAMETERS if parameter.name not in ("config", "check")]
-ARGUMENTS = {"api_key_file": "api_key_file", "readiness_timeout": "readiness_timeout_s", "adapter": "adapters"}
+ARGUMENTS = {
+    "readiness_timeout": "readiness_timeout_s",
+    "adapter": "adapters",
+    "adapter_root": "adapter_roots",
+    "extra_route": "extra_routes",
+}
 """Parameters that the launcher calls otherwise."""
 
 
@@ -73,7 +78,7 @@ def test_command_line_beats_environment_beats_file(
         text = (
             f"adapters: {{a: {value(parameter, 1)[2:]}}}\n"
             if name == "adapter"
-            else f"{name.replace('_', '-')}: {value(parameter, 1)}\n"
+            else f"{name.replace('_', '-')}: {f'[{value(parameter, 1)}]' if parameter.multiple else value(parameter, 1)}\n"
         )
         path = write(tmp_path / "serve.yaml", **file)
         path.write_text(path.read_text() + adapters + (text if in_file else ""))
@@ -85,7 +90,7 @@ def test_command_line_beats_environment_beats_file(
         outcome = credence("serve", "--config", path, *(given if on_command_line else []))
         assert outcome.code == 0, outcome.err
         seen = started.pop()[ARGUMENTS.get(name, name)]
-        return f"a={seen['a']}" if name == "adapter" else str(seen)
+        return f"a={seen['a']}" if name == "adapter" else seen[0] if isinstance(seen, list) else str(seen)
 
     assert run(in_file=True, in_environment=False, on_command_line=False) == value(parameter, 1)
     assert run(in_file=True, in_environment=True, on_command_line=False) == value(parameter, 2)
@@ -125,7 +130,10 @@ def test_flags_of_vllm_in_the_file(credence: Command, started: list[dict[str, An
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("prot: 8000", "has the unknown key 'prot'; allowed are adapters, api-key-file, base, default-samples, host"),
+        (
+            "prot: 8000",
+            "has the unknown key 'prot'; allowed are adapter-dir, adapter-root, adapters, admin-key-file,",
+        ),
         ("port: eight", "has port: 'eight': Input should be a valid integer"),
         ("port: 70000", "has port: 70000: Input should be less than or equal to 65535"),
         ("max-samples: 1.5", "has max-samples: 1.5"),

@@ -23,10 +23,22 @@ from credence.serve.errors import ArtifactRefused, BadRequest, Conflict, Forbidd
 from credence.serve.facts import RequestFacts
 from credence.serve.in_flight import InFlight
 from credence.serve.metrics import Metrics
+from credence.serve.preflight import BaseModel
 from credence.serve.schemas import UncertaintyOptions
 from tests.serve.test_ensemble import FakeEngine
-from tests.tiny import make_artifact
+from tests.tiny import SHAPES, make_artifact
 
+BASE = BaseModel(
+    modules={
+        f"model.layers.{layer}.self_attn.{name}_proj": SHAPES[f"self_attn.{name}_proj"]
+        for layer in (0, 1)
+        for name in "qv"
+    },
+    weights_bytes=0,
+    kv_bytes_per_token=0,
+    item_bytes=4,
+    max_model_len=64,
+)
 SMALL = {"modules": ("self_attn.q_proj",), "rank": 2, "alpha": 3}
 
 
@@ -41,7 +53,7 @@ class FakeMeans:
     def reserved(self, name: str) -> bool:
         return name == "base"
 
-    async def load(self, name: str, lora_id: int, artifact: Artifact) -> int:
+    async def load(self, lora_id: int, artifact: Artifact) -> int:
         if self.broken:
             raise SampleLoadError("no room")
         self.held[lora_id] = artifact.digest
@@ -93,6 +105,7 @@ class World:
             in_flight=self.in_flight,
             lora_ids=ids,
             canary=self.canary,
+            base=BASE,
         )
 
     async def canary(self, adapter: ServedAdapter) -> None:
@@ -261,10 +274,18 @@ def test_a_replaced_version_has_all_the_time_it_needs(
     run(scenario)
 
 
-@pytest.mark.parametrize("fault", ["artifact", "rank", "modules", "mean", "samples", "canary", "crash"])
+@pytest.mark.parametrize(
+    "fault", ["artifact", "rank", "modules", "shape", "layers", "mean", "samples", "canary", "crash"]
+)
 def test_a_refusal_changes_nothing(world: World, artifacts: dict[str, Artifact], tmp_path: Path, fault: str) -> None:
     bad = tmp_path / "bad"
-    shape: dict[str, Any] = {"rank": {"rank": 9}, "modules": {"modules": ("self_attn.v_proj",)}}.get(fault, {})
+    n_out, n_in = SHAPES["self_attn.q_proj"]
+    shape: dict[str, Any] = {
+        "rank": {"rank": 9},
+        "modules": {"modules": ("self_attn.v_proj",)},
+        "shape": {"shapes": {"self_attn.q_proj": (n_out, n_in // 2)}},
+        "layers": {"layers": 3},
+    }.get(fault, {})
     make_artifact(bad, seed=9, **{**SMALL, **shape})
     if fault == "artifact":
         data = bytearray((bad / "posterior.safetensors").read_bytes())
@@ -309,6 +330,10 @@ def test_names_and_room(world: World, artifacts: dict[str, Artifact], tmp_path: 
         with pytest.raises(Conflict, match="larger --max-adapters"):
             await registry.load("four", make_artifact(tmp_path / "four", seed=4, **SMALL).path)
         assert not (Path(world.config.state_dir) / "artifacts" / "four").exists() and len(world.stored) == 3
+        four = await registry.load("one", tmp_path / "four", replace=True)
+        assert four["state"] == "ready", "a name can move on a full server"
+        await registry.settled()
+        assert len(world.stored) == len(world.means.held) == 3
         with pytest.raises(Conflict, match="replace: true"):
             await registry.load("one", artifacts["two"].path)
         with pytest.raises(Conflict, match="base model"):

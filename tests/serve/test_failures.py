@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from credence.adapters import Artifact
-from tests.serve.conftest import Server, credence_command, start
+from tests.servers import Server, credence_command, start
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.serve.conftest import Server
+from tests.servers import Server
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs requirements/fuzz.txt: make test-fuzz")
 
@@ -38,6 +38,7 @@ LIKELY: dict[str, dict[str, Any]] = {
 }
 MODELS = ("diag", "row", "point", "base")
 MOST_TOKENS = 4
+GRAMMARS = ("response_format", "structured_outputs")
 
 
 def operations() -> list[Any]:
@@ -62,7 +63,8 @@ def make_cheap(body: Any) -> Any:
     """Bounds the work of a request; everything else stays as it was generated."""
     if not isinstance(body, dict):
         return body
-    body = dict(body)
+    # The tiny model's words cannot continue any grammar, which ends a request with an error (docs/roadmap.md).
+    body = {name: value for name, value in body.items() if name not in GRAMMARS or not isinstance(value, dict)}
     if "prompt" in body or "messages" in body:
         for name in ("max_tokens", "max_completion_tokens", "min_tokens", "n"):
             if isinstance(body.get(name), int) and body[name] > MOST_TOKENS:

@@ -14,8 +14,11 @@ import httpx
 import pytest
 
 from credence.adapters import Artifact
+from credence.adapters.errors import REASONS
+from tests.corrupted import fingerprint, variants
 from tests.servers import Server, credence_command, start
-from tests.tiny import make_artifact
+from tests.tiny import LAYERS, make_artifact
+from tests.tiny import SHAPES as LAYER_SHAPES
 
 pytestmark = pytest.mark.engine
 
@@ -191,6 +194,45 @@ def test_models_and_names_that_go_away(server: Server, admin: Admin, versions: d
         assert ask(server.client, "short", PROMPTS[0], shape).status_code == 404
     assert "short" not in {card["id"] for card in server.client.get("/v1/models").json()["data"]}
     assert server.client.delete("/admin/v1/adapters/short").status_code == 404
+
+
+@pytest.mark.parametrize("what", ["narrower", "deeper"])
+def test_an_adapter_of_another_model_is_refused(
+    server: Server, admin: Admin, versions: dict[str, Artifact], folder: Path, what: str
+) -> None:
+    """vLLM itself would load it: it copies a smaller factor into the corner of a slot, and skips layers it does not have."""
+    half = {name: (n_out, n_in // 2) for name, (n_out, n_in) in LAYER_SHAPES.items()}
+    changes: dict[str, Any] = {"narrower": {"shapes": half}, "deeper": {"layers": LAYERS + 1}}[what]
+    make_artifact(folder / what, seed=14, **changes)
+    before = content(ask(server.client, "v1", PROMPTS[0], SHAPES[1]))
+    for name, replace in (("v1", True), (what, False)):
+        response = admin.load(name, folder / what, replace=replace)
+        assert response.status_code == 422, response.text
+        assert response.json()["error"]["code"] == "base_model"
+    assert {state["name"]: state["state"] for state in admin.states()}[what] == "failed"
+    after = content(ask(server.client, "v1", PROMPTS[0], SHAPES[1]))
+    assert after[0] == before[0] and after[1] == pytest.approx(before[1], abs=2e-4)
+
+
+def test_corrupted_artifacts_over_http(
+    server: Server, admin: Admin, versions: dict[str, Artifact], folder: Path
+) -> None:
+    """A fifth of the variants that tests/serve/test_corrupted_adapters.py offers to a registry, over the real server's own route."""
+    untouched = fingerprint(versions["v1"].path)
+    before = content(ask(server.client, "v1", PROMPTS[0], SHAPES[1]))
+    counted = server.metric('credence_adapter_loads_total{result="refused"}')
+    offered = list(itertools.islice(variants(versions["v1"].path, folder / "variants"), 0, None, 5))
+    for name, place in offered:
+        assert fingerprint(place) != untouched, name
+        response = admin.load("v1", place, replace=True)
+        assert response.status_code in (403, 422), f"{name}: {response.status_code} {response.text}"
+        error = response.json()["error"]
+        assert error["message"] and (response.status_code == 403 or error["code"] in REASONS), name
+    assert len(offered) >= 200
+    forbidden = len(offered) - (server.metric('credence_adapter_loads_total{result="refused"}') - counted)
+    assert forbidden <= 3, "only links out of the root are refused before they are read"
+    after = content(ask(server.client, "v1", PROMPTS[0], SHAPES[1]))
+    assert after[0] == before[0] and after[1] == pytest.approx(before[1], abs=2e-4)
 
 
 @pytest.mark.parametrize(

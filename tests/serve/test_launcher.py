@@ -91,6 +91,17 @@ def test_the_environment_carries_the_configuration(monkeypatch: pytest.MonkeyPat
         os.environ.pop(name)
 
 
+def test_json_logs_give_way_to_a_configuration_of_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "environ", {"VLLM_LOGGING_LEVEL": "DEBUG"})
+    launcher.log_json(tmp_path / "ours")
+    assert os.environ["VLLM_LOGGING_CONFIG_PATH"] == str(tmp_path / "ours")
+    loggers = json.loads((tmp_path / "ours").read_text())["loggers"]
+    assert set(loggers) == {"credence", "vllm", "uvicorn"} and loggers["credence"]["level"] == "DEBUG"
+    os.environ["VLLM_LOGGING_CONFIG_PATH"] = "theirs"
+    launcher.log_json(tmp_path / "ours")
+    assert os.environ["VLLM_LOGGING_CONFIG_PATH"] == "theirs"
+
+
 @pytest.mark.parametrize(("given", "used"), [(None, "0"), ("", "0"), ("0", "0"), ("1", "1")])
 def test_the_second_model_runner_has_to_be_asked_for(
     monkeypatch: pytest.MonkeyPatch, given: str | None, used: str

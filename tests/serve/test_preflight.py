@@ -11,7 +11,7 @@ from credence.adapters import Artifact
 from credence.serve import preflight
 from credence.serve.errors import ConfigurationError
 from credence.serve.preflight import GIB, BaseModel, Checks, Memory
-from tests.serve.conftest import ENVIRONMENT, credence_command
+from tests.servers import ENVIRONMENT, credence_command
 from tests.tiny import LAYERS, SHAPES, make_artifact, make_model
 
 

@@ -13,6 +13,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from credence.adapters import Artifact
 from credence.serve.config import TOKEN_VARIABLE
+from credence.serve.engine import SampleLoadError
 from credence.serve.ensemble import Gang, Plan, ServedAdapter
 from credence.serve.errors import EnsembleFailed
 from credence.serve.samples import Slot
@@ -21,6 +22,7 @@ from credence.serve.vllm_plugin.engine_client import (
     CURRENT_RUN,
     EnsembleClient,
     GangRunner,
+    VllmMeans,
     lora_request_of,
     member_params,
 )
@@ -211,3 +213,46 @@ def test_a_cancelled_request_ends_every_member_in_one_message(gang: Gang) -> Non
 def test_the_mean_has_one_identity(served: ServedAdapter) -> None:
     """At tau = 0 all members are the mean, so they share one slot and one cache entry."""
     assert served.sample(0, 0, 0.0) == served.sample(7, 5, 0.0)
+
+
+class LoraClient:
+    """Takes LoRAs as vLLM does: what it cannot put into a slot it keeps under its id."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, str] = {}
+        self.broken = False
+
+    async def add_lora(self, request: Any) -> bool:
+        self.held[request.lora_int_id] = request.lora_name
+        if self.broken:
+            raise ValueError("another shape")
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        return self.held.pop(lora_id, None) is not None
+
+
+def test_means_have_few_names_and_never_one_for_two(served: ServedAdapter) -> None:
+    client = LoraClient()
+    means = VllmMeans(client, SimpleNamespace(lora_requests={}))  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        held = {}
+        for lora_id in range(1, 101):
+            held[lora_id] = await means.load(lora_id, served.artifact)
+            assert held[lora_id].lora_path == str(served.artifact.path)
+            if lora_id > 2:
+                await means.unload(held.pop(lora_id - 2))
+            if lora_id % 5 == 0:
+                client.broken = True
+                with pytest.raises(SampleLoadError, match="another shape"):
+                    await means.load(1000 + lora_id, served.artifact)
+                client.broken = False
+            names = [mean.lora_name for mean in held.values()]
+            assert (
+                len(set(names)) == len(names)
+                and {lora_id: mean.lora_name for lora_id, mean in held.items()} == client.held
+            )
+            assert set(names) <= {f"credence-mean-{number:03d}" for number in range(4)}
+
+    asyncio.run(scenario())

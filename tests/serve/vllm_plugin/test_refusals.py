@@ -21,7 +21,7 @@ STOCK = "vllm.v1.core.sched.scheduler.Scheduler"
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CREDENCE_SERVE_CONFIG", "CREDENCE_PLUGIN_TOKEN", "VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER"):
         monkeypatch.setenv(name, "")
-    set_environment(ServeConfig(adapters={"a": "/a"}, max_samples=8, state_dir="/s", stats_dir="/t"), [])
+    set_environment(ServeConfig(adapters={"a": "/a"}, max_samples=8, state_dir="/s", stats_dir="/t"))
 
 
 def arguments(**changes: Any) -> Namespace:
