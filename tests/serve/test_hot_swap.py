@@ -15,6 +15,7 @@ import pytest
 
 from credence.adapters import Artifact
 from credence.adapters.errors import REASONS
+from credence.clients import AuthenticationError, Client, ConflictError, NotFoundError, PermissionDeniedError
 from tests.corrupted import fingerprint, variants
 from tests.servers import Server, credence_command, start
 from tests.tiny import LAYERS, make_artifact
@@ -212,6 +213,28 @@ def test_an_adapter_of_another_model_is_refused(
     assert {state["name"]: state["state"] for state in admin.states()}[what] == "failed"
     after = content(ask(server.client, "v1", PROMPTS[0], SHAPES[1]))
     assert after[0] == before[0] and after[1] == pytest.approx(before[1], abs=2e-4)
+
+
+def test_the_client_administers(server: Server, admin: Admin, versions: dict[str, Artifact], tmp_path: Path) -> None:
+    with Client(server.url, api_key=KEY) as client:
+        loaded = client.adapters.load("by-client", str(versions["v2"].path), replace=True)
+        assert (loaded.state, loaded.digest, loaded.alias_of) == ("ready", versions["v2"].digest, None)
+        assert client.adapters.promote("alias", "by-client").alias_of == "by-client"
+        answer = client.complete(PROMPTS[0], model="alias", uncertainty=True, n_samples=2, max_tokens=2)
+        uncertainty = answer.choices[0].uncertainty
+        assert uncertainty is not None and uncertainty.adapter.digest == versions["v2"].digest
+        with pytest.raises(ConflictError):
+            client.adapters.load("by-client", str(versions["v2"].path))
+        with pytest.raises(PermissionDeniedError):
+            client.adapters.load("elsewhere", str(tmp_path))
+        assert {"by-client", "alias"} <= {adapter.name for adapter in client.adapters.list()}
+        for name in ("alias", "by-client"):
+            assert client.adapters.unload(name).state in ("draining", "removed")
+        admin.settle()
+        with pytest.raises(NotFoundError):
+            client.adapters.get("by-client")
+    with Client(server.url, api_key="wrong") as stranger, pytest.raises(AuthenticationError):
+        stranger.adapters.list()
 
 
 def test_corrupted_artifacts_over_http(
