@@ -220,6 +220,7 @@ def test_an_artifact_that_comes_back_while_it_drains_stays(world: World, artifac
         await world.registry.remove("triage")
         await world.registry.load("again", artifacts["one"].path)
         assert len(world.means.held) == 1, "the mean that was draining is used again"
+        assert [state["state"] for state in world.registry.list()] == ["ready"]
         go.set()
         await old
         await world.registry.settled()
@@ -383,6 +384,7 @@ def test_a_thousand_cycles_leave_nothing(world: World, artifacts: dict[str, Arti
 
     run(scenario)
     assert not world.means.held and not world.samples.held and not world.stored and not len(world.in_flight)
+    assert not world.service._slots._pinned
     assert world.service._slots.counts() == {"leased": 0, "resident": 0, "free": world.config.num_slots}
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
