@@ -20,7 +20,7 @@ from vllm.entrypoints.openai.completion.protocol import (
 from vllm.entrypoints.serve.engine.protocol import ModelCard, UsageInfo
 
 from credence.serve.schemas import Uncertainty, UncertaintyOptions
-from credence.serve.vllm_plugin.endpoint import ScoreRequest
+from credence.serve.vllm_plugin.bodies import ScoreRequest
 
 Asked = Annotated[
     bool | UncertaintyOptions | None,

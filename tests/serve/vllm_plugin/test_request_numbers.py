@@ -4,7 +4,7 @@ import pytest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from credence.serve.errors import BadRequest
-from credence.serve.vllm_plugin.endpoint import _parse
+from credence.serve.vllm_plugin.bodies import parse
 
 
 @pytest.mark.parametrize(
@@ -13,14 +13,14 @@ from credence.serve.vllm_plugin.endpoint import _parse
 )
 def test_numbers_beyond_float32_are_refused(field: str, value: float) -> None:
     with pytest.raises(BadRequest, match=f"{field} must be"):
-        _parse(CompletionRequest, {"model": "m", "prompt": "a", field: value})
+        parse(CompletionRequest, {"model": "m", "prompt": "a", field: value})
 
 
 @pytest.mark.parametrize(("field", "value"), [("repetition_penalty", 1.2), ("temperature", 0.0), ("temperature", 2.0)])
 def test_ordinary_numbers_pass(field: str, value: float) -> None:
-    assert getattr(_parse(CompletionRequest, {"model": "m", "prompt": "a", field: value}), field) == value
+    assert getattr(parse(CompletionRequest, {"model": "m", "prompt": "a", field: value}), field) == value
 
 
 def test_a_value_that_trips_the_validators_is_refused() -> None:
     with pytest.raises(BadRequest, match="wrong type"):
-        _parse(CompletionRequest, {"model": "m", "prompt": "a", "structured_outputs": False})
+        parse(CompletionRequest, {"model": "m", "prompt": "a", "structured_outputs": False})
