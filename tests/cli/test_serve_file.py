@@ -45,6 +45,8 @@ def value(parameter: Any, number: int) -> str:
         return f"a=folder-{number}"
     if getattr(parameter, "is_flag", False):
         return str(number != 2)
+    if parameter.name == "log_format":
+        return "json" if number == 2 else "text"
     return {int: str(40 + number), float: f"{number}.5"}.get(parameter.type_descriptor.annotation, f"text-{number}")
 
 

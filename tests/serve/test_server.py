@@ -340,8 +340,9 @@ def test_ready_and_alive(server: Server) -> None:
 def test_the_log_has_a_line_of_ours_for_every_request_and_none_of_uvicorns(server: Server) -> None:
     body = {"model": "diag", "prompt": PROMPT, "max_tokens": 2, "uncertainty": {"n_samples": 2}}
     server.client.post("/v1/completions", json=body, headers={"x-request-id": "in-text"})
-    log = server.log.read_text()
-    assert re.search(
-        r" INFO .*request_id=in-text method=POST path=/v1/completions status=200 mode=ensemble k=2 model=diag ", log
-    )
+    line = r" INFO .*request_id=in-text method=POST path=/v1/completions status=200 mode=ensemble k=2 model=diag "
+    deadline = time.monotonic() + 10  # the line is written once the answer is out
+    while not re.search(line, log := server.log.read_text()):
+        assert time.monotonic() < deadline, log[-2000:]
+        time.sleep(0.05)
     assert '"POST /v1/completions HTTP/1.1" 200' not in log and "w40" not in log
