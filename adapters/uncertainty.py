@@ -20,6 +20,7 @@ class TokenScores:
         aleatoric: [...], expected entropy mean_k H[p_k].
         epistemic: [...], mutual information total - aleatoric, within [0, ln K]; 0 for K = 1.
         variation_ratio: [...], share of samples whose most likely token is not the average's (no unit, [0, 1]).
+        member_tokens: [..., K] int64, the most likely token of each sample.
     """
 
     mean_log_probs: Tensor
@@ -27,6 +28,7 @@ class TokenScores:
     aleatoric: Tensor
     epistemic: Tensor
     variation_ratio: Tensor
+    member_tokens: Tensor
 
 
 def token_scores(log_probs_KV: Tensor) -> TokenScores:
@@ -49,13 +51,15 @@ def token_scores(log_probs_KV: Tensor) -> TokenScores:
     total = torch.special.entr(mean_log_probs.exp()).sum(-1)
     expected = torch.special.entr(log_probs_KV.exp()).sum(-1).mean(-1)
     epistemic = (total - expected).clamp(0.0, math.log(k)) if k > 1 else torch.zeros_like(total)
-    votes = log_probs_KV.argmax(-1) != mean_log_probs.argmax(-1, keepdim=True)
+    member_tokens = log_probs_KV.argmax(-1)
+    votes = member_tokens != mean_log_probs.argmax(-1, keepdim=True)
     return TokenScores(
         mean_log_probs=mean_log_probs,
         total=total,
         aleatoric=total - epistemic,
         epistemic=epistemic,
         variation_ratio=votes.to(total.dtype).mean(-1),
+        member_tokens=member_tokens,
     )
 
 

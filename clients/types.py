@@ -34,6 +34,13 @@ class SequenceUncertainty(_Answer):
     max_epistemic: FiniteFloat | None = None
 
 
+class MemberToken(_Answer):
+    """The most likely next token of one sample, and its log-probability there, in nats."""
+
+    token: str
+    logprob: FiniteFloat
+
+
 class TokenUncertainty(_Answer):
     """Scores of one token, in nats; present with granularity `token`.
 
@@ -41,6 +48,7 @@ class TokenUncertainty(_Answer):
         logprob: Log-probability of the token under the average of the samples.
         top_logprob: That of the average's most likely token, in a text that was read (not with mode `ensemble`); equal to
             `logprob` where greedy decoding of the average would say this token.
+        member_tops: What each sample would most likely have said in its place, with `return_samples`.
         member_logprobs: The token's log-probability under each sample, with `return_samples`; None where a sample gives it
             probability 0.
     """
@@ -53,6 +61,7 @@ class TokenUncertainty(_Answer):
     aleatoric: FiniteFloat | None = None
     variation_ratio: FiniteFloat | None = None
     member_logprobs: tuple[FiniteFloat | None, ...] | None = None
+    member_tops: tuple[MemberToken, ...] | None = None
 
 
 class ChoiceProbability(_Answer):

@@ -13,6 +13,7 @@ from credence.serve.schemas import (
     Answer,
     AutoSamples,
     ChoiceProbability,
+    MemberToken,
     Sample,
     SequenceUncertainty,
     TokenUncertainty,
@@ -20,9 +21,17 @@ from credence.serve.schemas import (
 )
 from credence.serve.step_stats import StepTable
 
+Favourites = Sequence[Sequence[str]]
+
 
 def describe(
-    plan: Plan, num_samples: int, table: StepTable | None, tokens: Sequence[str], *, auto: AutoSamples | None = None
+    plan: Plan,
+    num_samples: int,
+    table: StepTable | None,
+    tokens: Sequence[str],
+    *,
+    favourites: Favourites | None = None,
+    auto: AutoSamples | None = None,
 ) -> Uncertainty:
     """Describes one text from its token records (modes ``ensemble`` and ``score``).
 
@@ -30,6 +39,7 @@ def describe(
         num_samples: samples that contributed.
         table: one record per token; None without tokens.
         tokens: the tokens' texts.
+        favourites: [T][K] texts of each sample's own most likely token, with ``return_samples``.
     """
     if table is None:
         return _uncertainty(plan, num_samples, confidence=None, calibrated=False, auto=auto, sequence=None)
@@ -41,7 +51,7 @@ def describe(
         confidence=confidence,
         calibrated=calibrated,
         auto=auto,
-        tokens=token_details(table, tokens, read=plan.options.mode == "score", members=plan.options.return_samples)
+        tokens=token_details(table, tokens, read=plan.options.mode == "score", favourites=favourites)
         if plan.options.granularity == "token"
         else None,
         samples=[Sample(index=index, mean_logprob=_finite(value)) for index, value in enumerate(members.tolist())],
@@ -86,6 +96,7 @@ def describe_agreement(
     texts: Sequence[str],
     mean_logprobs: Sequence[float],
     *,
+    favourites: Favourites | None = None,
     auto: AutoSamples | None = None,
 ) -> Uncertainty:
     """Describes K independent completions; ``table`` holds the returned one, scored under all samples."""
@@ -93,7 +104,7 @@ def describe_agreement(
     if table is not None:
         scores = _sequence(table)
         if plan.options.granularity == "token":
-            scores["tokens"] = token_details(table, tokens, read=True, members=plan.options.return_samples)
+            scores["tokens"] = token_details(table, tokens, read=True, favourites=favourites)
     return _uncertainty(
         plan,
         num_samples,
@@ -130,13 +141,13 @@ def sequence_confidence(plan: Plan, table: StepTable) -> tuple[float, bool]:
 
 
 def token_details(
-    table: StepTable, tokens: Sequence[str], *, read: bool = False, members: bool = False
+    table: StepTable, tokens: Sequence[str], *, read: bool = False, favourites: Favourites | None = None
 ) -> list[TokenUncertainty]:
     """Scores of every token.
 
     Args:
         read: the text was read, not written by the average: add the log-probability of the token that would have been the most likely.
-        members: add each sample's log-probability of the token.
+        favourites: texts of each sample's own most likely token; adds them, and each sample's log-probability of the token.
     """
     return [
         TokenUncertainty(
@@ -147,7 +158,15 @@ def token_details(
             aleatoric=float(table.aleatoric[step]),
             epistemic=float(table.epistemic[step]),
             variation_ratio=float(table.variation_ratio[step]),
-            member_logprobs=[_finite(value) for value in table.member_log_probs[step].tolist()] if members else None,
+            member_logprobs=[_finite(value) for value in table.member_log_probs[step].tolist()]
+            if favourites is not None
+            else None,
+            member_tops=[
+                MemberToken(token=text, logprob=value)
+                for text, value in zip(favourites[step], table.member_token_log_probs[step].tolist(), strict=True)
+            ]
+            if favourites is not None
+            else None,
         )
         for step, token in enumerate(tokens)
     ]

@@ -128,10 +128,18 @@ class SequenceUncertainty(_Response):
     max_epistemic: float
 
 
+class MemberToken(_Response):
+    """The most likely next token of one sample, and its log-probability there, nats."""
+
+    token: str
+    logprob: float
+
+
 class TokenUncertainty(_Response):
     """Scores of one token, nats; ``top_logprob``, of the average's most likely token, only of a text that was read.
 
     ``member_logprobs`` (``return_samples``): the token's log-probability under each sample; None where a sample gives it probability 0.
+    ``member_tops`` (``return_samples``): what each sample would most likely have said in its place.
     """
 
     token: str
@@ -142,6 +150,7 @@ class TokenUncertainty(_Response):
     epistemic: float
     variation_ratio: float
     member_logprobs: list[float | None] | None = None
+    member_tops: list[MemberToken] | None = None
 
 
 class ChoiceProbability(_Response):

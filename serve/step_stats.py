@@ -9,8 +9,9 @@ file truncated) is a SIGBUS and kills the engine, while a failed write is an OSE
 reserves every block, so a full tmpfs is noticed there, before any work has been done.
 
 Layout: a 32-byte header (with the seconds the gang waited, NaN until they are known), then ``max_steps`` records of
-7 + K + 2 M float64: token_id + 1, log_prob, total, aleatoric, epistemic, variation_ratio, calibrated_log_prob, K member
-log-probabilities, M most likely token ids + 1, their M log-probabilities. A record of zeros is a step that was never written.
+7 + 3 K + 2 M float64: token_id + 1, log_prob, total, aleatoric, epistemic, variation_ratio, calibrated_log_prob, K member
+log-probabilities, M most likely token ids + 1, their M log-probabilities, each member's own most likely token id + 1, and the K
+log-probabilities that the members give them. A record of zeros is a step that was never written.
 """
 
 import errno
@@ -33,7 +34,7 @@ MAX_TOP = 1000
 # Magic, num_samples, num_top, max_steps, wait_s.
 _HEADER = struct.Struct("<8sIIQd")
 _WAIT_OFFSET = 24
-_MAGIC = b"CRDSTEP2"
+_MAGIC = b"CRDSTEP3"
 _SCALARS = 7
 
 
@@ -62,6 +63,8 @@ class StepTable:
         top_tokens: [T, M] int64, the most likely tokens of the average, most likely first; -1 where the step was never written, or the
             vocabulary has fewer tokens.
         top_log_probs: [T, M], their log-probabilities under the average, at temperature 1.
+        member_tokens: [T, K] int64, the most likely token of each sample; -1 where it was not recorded.
+        member_token_log_probs: [T, K], its log-probability under that sample.
     """
 
     token_id: NDArray[np.int64]
@@ -74,6 +77,8 @@ class StepTable:
     member_log_probs: NDArray[np.float64]
     top_tokens: NDArray[np.int64]
     top_log_probs: NDArray[np.float64]
+    member_tokens: NDArray[np.int64]
+    member_token_log_probs: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.token_id)
@@ -93,7 +98,7 @@ class StepStats:
         self.max_steps = max_steps
         self.num_top = num_top
         self._descriptor: int | None = descriptor
-        self._record = struct.Struct(f"<{_SCALARS + num_samples + 2 * num_top}d")
+        self._record = struct.Struct(f"<{_SCALARS + 3 * num_samples + 2 * num_top}d")
 
     @classmethod
     def create(cls, path: str | Path, num_samples: int, max_steps: int, num_top: int = 0) -> Self:
@@ -101,7 +106,7 @@ class StepStats:
 
         Args:
             num_samples: K >= 1.
-            max_steps: largest number of output tokens of the gang, or its number of targets, >= 1. The file has 8 (7 + K + 2 M) bytes
+            max_steps: largest number of output tokens of the gang, or its number of targets, >= 1. The file has 8 (7 + 3 K + 2 M) bytes
                 a step.
             num_top: M, 0..1000: how many of the most likely tokens each record has.
 
@@ -166,8 +171,12 @@ class StepStats:
         calibrated_log_prob: float = math.nan,
         top_tokens: Sequence[int] = (),
         top_log_probs: Sequence[float] = (),
+        member_tokens: Sequence[float] = (),
+        member_token_log_probs: Sequence[float] = (),
     ) -> None:
         """Writes the record of one step; writing it again replaces it. The arguments are the columns of StepTable.
+
+        The members' own tokens may be left out.
 
         Raises:
             ValueError: if the step is outside 0..max_steps - 1, the token is negative, or there are not K member values or M top values.
@@ -184,9 +193,21 @@ class StepStats:
                 f"a record of {self.path} needs {self.num_top} top tokens and log-probabilities, "
                 f"got {len(top_tokens)} and {len(top_log_probs)}"
             )
+        favourites = [token + 1 for token in member_tokens] or [0.0] * self.num_samples
+        theirs = list(map(float, member_token_log_probs)) or [0.0] * self.num_samples
+        if len(favourites) != self.num_samples or len(theirs) != self.num_samples:
+            raise ValueError(
+                f"a record of {self.path} needs {self.num_samples} member tokens and log-probabilities or none, "
+                f"got {len(member_tokens)} and {len(member_token_log_probs)}"
+            )
         scalars = (token_id + 1, log_prob, total, aleatoric, epistemic, variation_ratio, calibrated_log_prob)
         record = self._record.pack(
-            *scalars, *map(float, member_log_probs), *(token + 1 for token in top_tokens), *map(float, top_log_probs)
+            *scalars,
+            *map(float, member_log_probs),
+            *(token + 1 for token in top_tokens),
+            *map(float, top_log_probs),
+            *favourites,
+            *theirs,
         )
         self._write(record, _HEADER.size + step * self._record.size, f"step {step}")
 
@@ -213,6 +234,7 @@ class StepStats:
             data += part
         rows = np.frombuffer(data, dtype="<f8").reshape(num_steps - start, self._record.size // 8)
         first_top = _SCALARS + self.num_samples
+        after_top = first_top + 2 * self.num_top
         return StepTable(
             token_id=rows[:, 0].astype(np.int64) - 1,
             log_prob=rows[:, 1],
@@ -223,7 +245,9 @@ class StepStats:
             calibrated_log_prob=rows[:, 6],
             member_log_probs=rows[:, _SCALARS:first_top],
             top_tokens=rows[:, first_top : first_top + self.num_top].astype(np.int64) - 1,
-            top_log_probs=rows[:, first_top + self.num_top :],
+            top_log_probs=rows[:, first_top + self.num_top : after_top],
+            member_tokens=rows[:, after_top : after_top + self.num_samples].astype(np.int64) - 1,
+            member_token_log_probs=rows[:, after_top + self.num_samples :],
         )
 
     def write_wait(self, seconds: float) -> None:
@@ -286,4 +310,4 @@ class StepStats:
 
 def _size(num_samples: int, max_steps: int, num_top: int) -> int:
     """Size of a file in bytes."""
-    return _HEADER.size + 8 * (_SCALARS + num_samples + 2 * num_top) * max_steps
+    return _HEADER.size + 8 * (_SCALARS + 3 * num_samples + 2 * num_top) * max_steps

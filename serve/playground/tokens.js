@@ -95,6 +95,7 @@ export class Tokens {
       }
       this.card.append(element("p", { class: "of" }, "most likely here"), list);
     }
+    if (scores?.member_tops) this.card.append(element("p", { class: "of" }, "most likely of each sample"), favourites(scores.member_tops));
     this.card.hidden = false;
     this.place(this.list.children[index]);
   }
@@ -106,4 +107,15 @@ export class Tokens {
     this.card.style.setProperty("left", `${left}px`);
     this.card.style.setProperty("top", `${last.bottom - box.top}px`);
   }
+}
+
+// What the samples would most likely have said, and how many of them; the five most frequent.
+function favourites(tops) {
+  const counts = new Map();
+  for (const { token } of tops) counts.set(token, (counts.get(token) ?? 0) + 1);
+  const list = element("ol", { class: "favourites" });
+  for (const [token, count] of [...counts].sort((one, other) => other[1] - one[1]).slice(0, 5)) {
+    list.append(element("li", {}, element("code", {}, visible(token)), share(count / tops.length), element("span", {}, `${count} of ${tops.length}`)));
+  }
+  return list;
 }

@@ -61,14 +61,15 @@ class AveragedStep:
     member_log_probs: Tensor
 
     def columns(self, tokens_N: Tensor, gangs_N: Tensor | None = None) -> Tensor:
-        """Returns the scores of N tokens: log_prob, total, aleatoric, epistemic, variation_ratio, then K member log-probabilities.
+        """Returns the scores of N tokens: log_prob, total, aleatoric, epistemic, variation_ratio, then K member log-probabilities, the K
+        members' own most likely tokens and what they give them.
 
         Args:
             tokens_N: [N] int64.
             gangs_N: [N] int64, the gang of each token; None for one token of each gang, in order.
 
         Returns:
-            [N, 5 + K] float64, on the device of the logits.
+            [N, 5 + 3 K] float64, on the device of the logits.
         """
         if gangs_N is None:
             gangs_N = torch.arange(len(tokens_N), device=tokens_N.device)
@@ -78,7 +79,9 @@ class AveragedStep:
         # In float64: ln K as a float32 may exceed ln K, and the written parts have to add up to the written total.
         epistemic = self.scores.epistemic[gangs_N].double().clamp_max(math.log(self.member_log_probs.shape[1]))
         scores = torch.stack([chosen, total, total - epistemic, epistemic, ratio], dim=-1)
-        return torch.cat([scores, members], dim=-1)
+        favourites = self.scores.member_tokens
+        theirs = self.member_log_probs.gather(-1, favourites[..., None])[..., 0]
+        return torch.cat([scores, members, favourites[gangs_N].double(), theirs[gangs_N].double()], dim=-1)
 
     def record(self, tokens_N: Tensor, gangs_N: Tensor | None = None) -> list[list[float]]:
         """Returns ``columns`` as a list of N rows."""

@@ -87,8 +87,8 @@ class StepRecords:
 
     Args:
         gangs: the gangs.
-        columns_GC: [G, 2 + 5 + K + 1 + 2 M] float64: whether the gang had a distribution, token, the scores and member log-probabilities of
-            ``AveragedStep.columns``, calibrated log-probability, M tokens, M log-probabilities.
+        columns_GC: [G, 2 + 5 + 3 K + 1 + 2 M] float64: whether the gang had a distribution, token, ``AveragedStep.columns``, calibrated
+            log-probability, M tokens, M log-probabilities.
         num_top: M.
     """
 
@@ -112,10 +112,13 @@ class StepRecords:
             if not valid:
                 broken += 1
                 continue
-            last = 7 + gang.leader.num_samples
+            k = gang.leader.num_samples
+            last = 7 + 3 * k
             tops = row[last + 1 : last + 1 + self._num_top], row[last + 1 + self._num_top :]
             tokens, log_probs = (columns[: gang.leader.num_top] for columns in tops)
-            gang.file.write(gang.step, int(token), *scores, row[7:last], row[last], list(map(int, tokens)), log_probs)
+            members, favourites, theirs = row[7 : 7 + k], row[7 + k : 7 + 2 * k], row[7 + 2 * k : last]
+            record = (members, row[last], tokens, log_probs, favourites, theirs)
+            gang.file.write(gang.step, int(token), *scores, *record)
         if broken:
             logger.error("%d gangs have logits that are no distribution in this step", broken)
 

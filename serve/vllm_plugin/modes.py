@@ -43,7 +43,7 @@ from credence.serve.report import describe, describe_agreement, describe_choices
 from credence.serve.schemas import AutoSamples, TokenUncertainty, Uncertainty
 from credence.serve.step_stats import StepTable
 from credence.serve.vllm_plugin.engine_client import GangRunner
-from credence.serve.vllm_plugin.text import continuation, token_texts
+from credence.serve.vllm_plugin.text import continuation, texts_instead, token_texts
 
 Outputs = AsyncGenerator[RequestOutput, None]
 Options = dict[str, Any]
@@ -119,8 +119,18 @@ class Run:
         if gang is None or len(gang.token_ids) <= start:
             return []
         self._told[index] = len(gang.token_ids)
-        texts = token_texts(self._tokenizer, gang.prompt_token_ids + gang.token_ids[:start], gang.token_ids[start:])
-        return token_details(gang.table(start), texts, members=self.plan.options.return_samples)
+        before, new, table = gang.prompt_token_ids + gang.token_ids[:start], gang.token_ids[start:], gang.table(start)
+        texts = token_texts(self._tokenizer, before, new)
+        return token_details(table, texts, favourites=self._favourites(table, before, new))
+
+    def _favourites(
+        self, table: StepTable | None, prompt_ids: list[int], token_ids: list[int]
+    ) -> list[list[str]] | None:
+        """Texts of what each sample would most likely have said in place of each token, where the request wants to see it."""
+        options = self.plan.options
+        if table is None or not options.return_samples or options.granularity != "token":
+            return None
+        return texts_instead(self._tokenizer, prompt_ids, token_ids, table.member_tokens.tolist())
 
     async def _noting_errors(self, outputs: Outputs) -> Outputs:
         try:
@@ -165,8 +175,12 @@ class Run:
                 output.outputs[0].index = index
                 if output.finished:
                     gang = gangs[index]
-                    texts = token_texts(self._tokenizer, gang.prompt_token_ids, gang.token_ids)
-                    self.uncertainty[first + index] = describe(self.plan, gang.num_samples, gang.table(), texts)
+                    prompt_ids, table = gang.prompt_token_ids, gang.table()
+                    texts = token_texts(self._tokenizer, prompt_ids, gang.token_ids)
+                    favourites = self._favourites(table, prompt_ids, gang.token_ids)
+                    self.uncertainty[first + index] = describe(
+                        self.plan, gang.num_samples, table, texts, favourites=favourites
+                    )
                     done[index] = output
                 if params.output_kind == RequestOutputKind.DELTA:
                     yield output
@@ -214,7 +228,8 @@ class Run:
             lambda number: table is None or self._flag_is_settled(table, number),
         )
         texts = token_texts(self._tokenizer, prompt_ids, token_ids)
-        return describe(self.plan, len(self.ensemble.slots), table, texts, auto=auto)
+        favourites = self._favourites(table, prompt_ids, token_ids)
+        return describe(self.plan, len(self.ensemble.slots), table, texts, favourites=favourites, auto=auto)
 
     async def _read(
         self, prompt_ids: list[int], token_ids: list[int], request_id: str, options: Options
@@ -415,7 +430,15 @@ class Run:
         table = await self._read(gang.prompt_token_ids, gang.token_ids, request_id, options)
         tokens = token_texts(self._tokenizer, gang.prompt_token_ids, gang.token_ids)
         self.uncertainty[number] = describe_agreement(
-            self.plan, len(finished), table, tokens, result, texts, mean_log_probs, auto=auto
+            self.plan,
+            len(finished),
+            table,
+            tokens,
+            result,
+            texts,
+            mean_log_probs,
+            favourites=self._favourites(table, gang.prompt_token_ids, gang.token_ids),
+            auto=auto,
         )
         yield output
 

@@ -153,7 +153,7 @@ def _records(runner: Any, members: list[MemberRows]) -> list[Record]:
     if any(rows.member.targets != leader.targets for rows in members):
         logger.error("no scores for gang %s: its members differ in credence_targets", leader.gang)
         return []
-    positions = members[0].positions
+    positions, k = members[0].positions, len(members)
     block = max(1, BLOCK_BYTES // (4 * len(members) * runner.input_batch.vocab_size))
     target_positions = [position for position, _ in leader.targets]
     records: list[Record] = []
@@ -181,7 +181,9 @@ def _records(runner: Any, members: list[MemberRows]) -> list[Record]:
                 continue
             mean = averaged.scores.mean_log_probs[row]
             calibrated = calibrated_log_prob(mean, token, leader.temperature, leader.support)
-            records.append((step, token, *record[:5], record[5:], calibrated, top_tokens[row], top_log_probs[row]))
+            under_each, favourites, theirs = (record[5 + part * k : 5 + (part + 1) * k] for part in range(3))
+            tops = (top_tokens[row], top_log_probs[row])
+            records.append((step, token, *record[:5], under_each, calibrated, *tops, favourites, theirs))
     missing = len(leader.targets) - len(records)
     if missing:
         reason = "logits that are no distribution, or tokens outside the vocabulary"

@@ -1,5 +1,6 @@
 """Between text and tokens: what each token adds to a text, and which tokens continue a prompt."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
@@ -18,6 +19,22 @@ def token_texts(tokenizer: Any, prompt_ids: list[int], token_ids: list[int]) -> 
         whole = after.startswith(before) and not after.endswith("\ufffd")
         texts.append(after[len(before) :] if whole else convert_ids_list_to_tokens(tokenizer, [ids[end]])[0])
     return texts
+
+
+def texts_instead(
+    tokenizer: Any, prompt_ids: list[int], token_ids: list[int], others: Sequence[Sequence[int]]
+) -> list[list[str]]:
+    """The texts that other tokens would have added in place of each token.
+
+    Args:
+        others: [T][K] token ids.
+    """
+    rows = []
+    for position, row in enumerate(others):
+        context = prompt_ids[-CONTEXT_TOKENS:] + token_ids[:position]
+        text = {token: token_texts(tokenizer, context, [token])[0] for token in set(row)}
+        rows.append([text[token] for token in row])
+    return rows
 
 
 def continuation(tokenizer: Any, prompt_ids: list[int], text: str) -> list[int]:

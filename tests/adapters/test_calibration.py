@@ -121,6 +121,8 @@ def test_a_bad_map_is_refused_and_its_file_named(
     store(good)
     assert load_artifact(artifact.path).calibration.fitted_map(8) == base
     store({**good, **changes})
-    with pytest.raises(ArtifactError, match=r"calibration\.json(: maps\.8| is not JSON: .* no number of JSON)") as caught:
+    with pytest.raises(
+        ArtifactError, match=r"calibration\.json(: maps\.8| is not JSON: .* no number of JSON)"
+    ) as caught:
         load_artifact(artifact.path)
     assert caught.value.reason == "malformed"

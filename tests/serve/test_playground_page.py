@@ -8,6 +8,7 @@ import re
 import shlex
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -94,8 +95,14 @@ def test_the_tokens_have_the_scores_of_the_api(page: Page, server: Server, mode:
     strip = page.evaluate("document.querySelector('#card .strip').ariaLabel").rpartition(": ")[2].split(", ")
     assert [float(value) for value in strip] == pytest.approx(token["member_logprobs"], abs=0.0101)
     assert len(strip) == K
+    counts = Counter(top["token"] for top in token["member_tops"])
+    favourites = page.evaluate("[...document.querySelectorAll('#card .favourites li')].map((n) => n.textContent)")
+    shown_counts = sorted(int(favourite.partition(" of ")[0][-1]) for favourite in favourites)
+    assert shown_counts == sorted(count for _, count in counts.most_common(5)) and sum(counts.values()) == K
     if mode != "generate":
-        others = page.evaluate("[...document.querySelectorAll('#card li')].map((n) => n.textContent)")
+        others = page.evaluate(
+            "[...document.querySelectorAll('#card ol:not(.favourites) li')].map((n) => n.textContent)"
+        )
         assert len(others) >= 5 and all(other.endswith("%") for other in others)
     summary = page.evaluate("document.querySelector('#summary').innerText")
     assert nats(expected["total"]) in summary and expected["adapter"]["digest"][:15] in summary

@@ -65,6 +65,8 @@ def table(log_probs: list[float] = LOG_PROBS, samples: int = 2) -> StepTable:
         member_log_probs=np.tile(np.array(log_probs)[:, None], (1, samples)),
         top_tokens=np.zeros((steps, 0), dtype=np.int64),
         top_log_probs=np.zeros((steps, 0)),
+        member_tokens=np.zeros((steps, samples), dtype=np.int64),
+        member_token_log_probs=np.tile(np.array(log_probs)[:, None] / 2, (1, samples)),
     )
 
 
@@ -114,12 +116,18 @@ def test_an_old_artifact_keeps_its_temperature(artifact: Artifact, tmp_path: Pat
     assert sequence_confidence(plan, table()) == (pytest.approx(math.exp(-0.8)), True)
 
 
-def test_the_tokens_log_probability_under_each_sample_comes_with_return_samples_only(artifact: Artifact) -> None:
+def test_what_each_sample_says_of_a_token_comes_with_its_favourites(artifact: Artifact) -> None:
     recorded = table()
     recorded.member_log_probs[:] = [[-0.25, -math.inf], [-1.5, -0.125]]
+    recorded.member_token_log_probs[:] = [[-0.25, -0.5], [-0.75, -0.125]]
     token = {"granularity": "token"}
-    with_samples = describe(plan_of(artifact, **token, return_samples=True), 2, recorded, ["a", "b"]).to_json()
+    plan = plan_of(artifact, **token, return_samples=True)
+    with_samples = describe(plan, 2, recorded, ["a", "b"], favourites=[["a", "c"], ["d", "b"]]).to_json()
     assert [entry["member_logprobs"] for entry in with_samples["tokens"]] == [[-0.25, None], [-1.5, -0.125]]
+    assert [entry["member_tops"] for entry in with_samples["tokens"]] == [
+        [{"token": "a", "logprob": -0.25}, {"token": "c", "logprob": -0.5}],
+        [{"token": "d", "logprob": -0.75}, {"token": "b", "logprob": -0.125}],
+    ]
     without = describe(plan_of(artifact, **token), 2, recorded, ["a", "b"]).to_json()
-    assert all("member_logprobs" not in entry for entry in without["tokens"])
+    assert all("member_logprobs" not in entry and "member_tops" not in entry for entry in without["tokens"])
     assert "tokens" not in describe(plan_of(artifact, return_samples=True), 2, recorded, ["a", "b"]).to_json()

@@ -56,7 +56,13 @@ def test_the_most_likely_tokens_are_part_of_the_record(tmp_path: Path, num_sampl
         assert worker.num_top == num_top
         for step in (0, 1, 3):
             worker.write(
-                step, *record(step, num_samples), -0.75, top_tokens=tokens[step], top_log_probs=log_probs[step]
+                step,
+                *record(step, num_samples),
+                -0.75,
+                top_tokens=tokens[step],
+                top_log_probs=log_probs[step],
+                member_tokens=[100_000 + step + sample for sample in range(num_samples)],
+                member_token_log_probs=[-0.5 * sample for sample in range(num_samples)],
             )
         table = api.read(4)
         tail = api.read(4, start=3)
@@ -65,7 +71,10 @@ def test_the_most_likely_tokens_are_part_of_the_record(tmp_path: Path, num_sampl
         assert table.top_log_probs[step].tolist() == log_probs[step]
         assert table.member_log_probs[step].tolist() == record(step, num_samples)[-1]
         assert table.calibrated_log_prob[step] == -0.75
+        assert table.member_tokens[step].tolist() == [100_000 + step + sample for sample in range(num_samples)]
+        assert table.member_token_log_probs[step].tolist() == [-0.5 * sample for sample in range(num_samples)]
     assert table.missing.tolist() == [2] and table.top_tokens[2].tolist() == [-1] * num_top
+    assert table.member_tokens[2].tolist() == [-1] * num_samples
     assert table.top_tokens.dtype == np.int64
     assert tail.top_tokens.tolist() == [tokens[3]]
 
@@ -75,6 +84,7 @@ def test_files_without_top_lists_have_empty_columns(tmp_path: Path) -> None:
         stats.write(0, *record(0, 2))
         table = stats.read(3)
     assert table.top_tokens.shape == table.top_log_probs.shape == (3, 0)
+    assert table.member_tokens.tolist() == [[-1, -1]] * 3
 
 
 def test_the_waiting_time_is_unknown_until_it_is_written(tmp_path: Path) -> None:
@@ -133,6 +143,15 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     with StepStats.create(tmp_path / "gang", 2, 4) as stats:
         with pytest.raises(ValueError, match="needs 0 top tokens"):
             stats.write(0, *record(0, 2), top_tokens=[1], top_log_probs=[0.0])
+        with pytest.raises(ValueError, match="2 member tokens and log-probabilities or none, got 3 and 2"):
+            stats.write(
+                0,
+                *record(0, 2),
+                top_tokens=[1, 2],
+                top_log_probs=[0.0, 0.0],
+                member_tokens=[1, 2, 3],
+                member_token_log_probs=[0.0, 0.0],
+            )
         with pytest.raises(ValueError, match="step 4 is outside the 0..3"):
             stats.write(4, *record(4, 2))
         with pytest.raises(ValueError, match="2 member values, got 5 and 3"):
@@ -159,7 +178,7 @@ def test_a_full_tmpfs_is_noticed_at_creation_and_leaves_nothing_behind(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(StepStatsError, match="cannot reserve 400032 bytes .*No space left") as failure:
+    with pytest.raises(StepStatsError, match="cannot reserve 640032 bytes .*No space left") as failure:
         StepStats.create(tmp_path / "gang", 3, 5000)
     assert failure.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []

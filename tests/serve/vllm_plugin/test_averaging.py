@@ -47,7 +47,7 @@ def test_records_add_up_and_stay_within_bounds() -> None:
     for record in step.record(step.scores.mean_log_probs.argmax(-1)):
         _, total, aleatoric, epistemic, ratio, *members = record
         assert total == pytest.approx(aleatoric + epistemic, abs=1e-6)
-        assert 0 <= epistemic <= math.log(K) and 0 <= ratio <= 1 and len(members) == K
+        assert 0 <= epistemic <= math.log(K) and 0 <= ratio <= 1 and len(members) == 3 * K
 
 
 def test_records_of_several_tokens_of_some_gangs() -> None:
@@ -57,7 +57,9 @@ def test_records_of_several_tokens_of_some_gangs() -> None:
     for record, token, row in zip(records, tokens.tolist(), rows.tolist(), strict=True):
         assert record == step.record(torch.full((3,), token))[row]
         assert record[0] == float(step.scores.mean_log_probs[row, token])
-        assert record[5:] == step.member_log_probs[row, :, token].tolist()
+        assert record[5 : 5 + K] == step.member_log_probs[row, :, token].tolist()
+        best = step.member_log_probs[row].max(-1)
+        assert record[5 + K :] == [*best.indices.tolist(), *best.values.tolist()]
 
 
 def test_top_lists_are_the_most_likely_tokens_in_order() -> None:

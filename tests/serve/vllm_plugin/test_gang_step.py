@@ -71,7 +71,10 @@ def test_gangs_of_several_sizes_against_one_gang_at_a_time(tmp_path: Path) -> No
         assert table.token_id.tolist() == [token]
         got = [table.log_prob, table.total, table.aleatoric, table.epistemic, table.variation_ratio]
         assert [float(column[0]) for column in got] == record[:5]
-        assert table.member_log_probs[0].tolist() == record[5:]
+        k = len(rows)
+        assert table.member_log_probs[0].tolist() == record[5 : 5 + k]
+        assert table.member_tokens[0].tolist() == record[5 + k : 5 + 2 * k]
+        assert table.member_token_log_probs[0].tolist() == record[5 + 2 * k :]
         assert table.calibrated_log_prob[0] == pytest.approx(calibrated, abs=0, nan_ok=True)
         assert (table.top_tokens[0].tolist(), table.top_log_probs[0].tolist()) == tuple(x[0] for x in alone.top(i))
     assert torch.equal(after[3], logits[3]), "a row of no gang"

@@ -52,6 +52,9 @@ def check(
         assert table.epistemic[row] == pytest.approx(total - aleatoric, abs=tolerance)
         assert table.variation_ratio[row] == pytest.approx(float(votes.double().mean()))
         assert table.member_log_probs[row].tolist() == pytest.approx(members[:, token].log().tolist(), abs=tolerance)
+        favourite = members.gather(1, torch.from_numpy(table.member_tokens[row])[:, None])[:, 0]
+        assert favourite.log().tolist() == pytest.approx(members.max(-1).values.log().tolist(), abs=tolerance)
+        assert table.member_token_log_probs[row].tolist() == pytest.approx(favourite.log().tolist(), abs=tolerance)
         if token in support:
             tempered = mean[support] ** (1 / temperature)
             expected = float((tempered[support.index(token)] / tempered.sum()).log())
