@@ -96,6 +96,11 @@ class ServeConfig(BaseModel):
         return self.sample_slots or self.default_samples * self.num_adapters + self.max_samples
 
     @property
+    def max_inflight_requests(self) -> int:
+        """Requests of users, running and queued, before further ones get 503."""
+        return 2 * self.max_inflight_rows
+
+    @property
     def num_adapters(self) -> int:
         """Adapters that may be served at once."""
         return self.max_adapters or len(self.adapters)

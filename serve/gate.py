@@ -164,6 +164,11 @@ class Gate:
             raise BadRequest("the header Content-Type must be application/json", param=None)
         if backend.draining:
             raise Unavailable("the server is shutting down; send the request to another replica", reason="draining")
+        if route.access is not Access.ADMIN and len(backend.in_flight) >= security.max_inflight:
+            raise Unavailable(
+                f"{security.max_inflight} requests are being answered, the most this server takes; retry later",
+                reason="overload",
+            )
         raw = await _read_body(receive, security.max_body_bytes)
         if route.access is Access.ADMIN:
             await self.app(scope, _replay(raw, receive), sent)

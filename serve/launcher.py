@@ -353,7 +353,7 @@ def defaults(
         # credence.serve.telemetry writes the access log.
         "--disable-uvicorn-access-log": [],
         # vLLM bounds n and the number of prompts, not their product: one request can hold 16 million sequences.
-        "--max-num-queued-reqs": [str(2 * config.max_inflight_rows)],
+        "--max-num-queued-reqs": [str(config.max_inflight_requests)],
     }
     if config.merged:
         wanted["--served-model-name"] = list(config.adapters)

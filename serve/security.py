@@ -33,6 +33,8 @@ class Security:
         users, admins: the keys; without any, user routes are open and admin routes closed.
         routes: what the server answers.
         return_samples: whether ``uncertainty.return_samples`` is permitted at all.
+        max_inflight: requests of users that are answered at once. vLLM's own bound is asked only after a body was read, validated and
+            tokenised, which costs more than the answer of a full server should.
         max_model_len: tokens of the longest sequence, for the estimate of a request's cost.
         secret: of this start of the server; the salts are made from it.
     """
@@ -44,6 +46,7 @@ class Security:
     rates: Rates = field(default_factory=Rates)
     return_samples: bool = True
     max_body_bytes: int = 8 * 2**20
+    max_inflight: int = 2048
     max_model_len: int = 2**17
     audit: AuditLog | None = None
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)

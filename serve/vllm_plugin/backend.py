@@ -442,6 +442,7 @@ def make_security(config: ServeConfig, args: Namespace, model_config: Any, metri
         limits=config.limits.model_copy(update={"max_logprobs": most_logprobs} if most_logprobs > 0 else {}),
         return_samples=config.return_samples,
         max_body_bytes=config.max_body_bytes,
+        max_inflight=config.max_inflight_requests,
         max_model_len=int(model_config.max_model_len),
         audit=AuditLog(Path(config.audit_log), metrics.audit_failures.inc) if config.audit_log else None,
     )

@@ -237,6 +237,17 @@ def test_large_bodies_are_refused(app: Gate, backend: FakeBackend) -> None:
     assert backend.count("credence_rejections_total", reason="too_large") == 1
 
 
+def test_a_full_server_refuses_before_it_reads(app: Gate, backend: FakeBackend) -> None:
+    backend.security.max_inflight = 0
+    for content in ({"model": "triage"}, b"no JSON"):
+        response = post(app, "/v1/completions", content)
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert backend.count("credence_rejections_total", reason="overload") == 2 and not backend.calls
+    backend.security.max_inflight = 1
+    assert post(app, "/v1/completions", {"model": "triage"}).status_code == 200
+    assert len(backend.in_flight) == 0
+
+
 def test_draining_server_says_so(app: Gate, backend: FakeBackend) -> None:
     backend.draining = True
     for content in ({"model": "triage"}, {"model": "triage", "uncertainty": True}):
