@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx2
 
 from credence.adapters import Artifact, load_artifact, write_artifact
-from credence.benchmarks.measure import BenchError, machine
+from credence.benchmarks.measure import BenchError, machine, resident_mib
 from credence.benchmarks.servers import EngineSettings, Target, credence_server, request_body
 from credence.benchmarks.workload import ModelShape, Workload, random_workload
 
@@ -60,7 +60,7 @@ def residue(server: Target, scratch: Path) -> Residue:
     }
     return Residue(
         slots=slots,
-        memory_mib=tuple(_memory_mib(pid) for pid in server.pids),
+        memory_mib=tuple(resident_mib(pid) for pid in server.pids),
         descriptors=tuple(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in server.pids),
         artifacts=len(list(scratch.glob("credence-serve-*/artifacts/*"))),
         series=sum(not line.startswith("#") for line in lines),
@@ -178,11 +178,6 @@ def _authorised(request: httpx2.Request, key: str) -> httpx2.Request:
     if request.url.path.startswith("/admin/"):
         request.headers["Authorization"] = f"Bearer {key}"
     return request
-
-
-def _memory_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
 def _get(server: Target, path: str) -> httpx2.Response:

@@ -89,6 +89,12 @@ def timed(work: Callable[[], object], pids: Sequence[int]) -> Measurement:
     return Measurement(wall_ms=1000 * wall, cpu_ms=1000 * (cpu_seconds(pids) - cpu))
 
 
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process, MiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
 def wait_idle(pids: Sequence[int]) -> None:
     """Waits until these processes rest: vLLM's worker polls for a second after its last step, at the next competitor's expense.
 

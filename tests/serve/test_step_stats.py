@@ -147,8 +147,6 @@ def test_wrong_arguments(tmp_path: Path) -> None:
             stats.write(
                 0,
                 *record(0, 2),
-                top_tokens=[1, 2],
-                top_log_probs=[0.0, 0.0],
                 member_tokens=[1, 2, 3],
                 member_token_log_probs=[0.0, 0.0],
             )

@@ -228,8 +228,10 @@ def test_a_gang_decodes_the_bayesian_model_average(
     assert table.token_id.tolist() == expected and not table.missing.size
     found = torch.tensor([table.log_prob, table.total, table.aleatoric, table.epistemic, table.variation_ratio]).T
     torch.testing.assert_close(found, torch.tensor(records, dtype=found.dtype)[:, :5], rtol=0, atol=1e-4)
-    members = torch.tensor(records, dtype=torch.float64)[:, 5:]
+    members, favourites, theirs = torch.tensor(records, dtype=torch.float64)[:, 5:].split(4, dim=1)
     torch.testing.assert_close(torch.from_numpy(table.member_log_probs), members, rtol=0, atol=1e-4)
+    assert table.member_tokens.tolist() == favourites.tolist()
+    torch.testing.assert_close(torch.from_numpy(table.member_token_log_probs), theirs, rtol=0, atol=1e-4)
     assert table.epistemic.max() > 0.05, "the samples agree: the comparison proves nothing"
 
 
